@@ -1,0 +1,262 @@
+"""What a plugin author writes: a loss, an aligner, a fusion, an anatomy. Plain torch, nothing of DeepSpeed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from kdzoo.step.batch import Batch
+from kdzoo.step.chunk import Chunk
+from kdzoo.step.head import Head
+from kdzoo.step.terms import Terms
+from kdzoo.step.view import View
+
+Model = Literal["student", "teacher"]
+
+
+class Params(BaseModel):
+    """The parameters of a plugin: frozen, strict, documented field by field; its JSON Schema is the recipe's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class NoParams(Params):
+    """A plugin without parameters."""
+
+
+@dataclass(frozen=True)
+class OwnStream:
+    """Rows of hidden states that a loss sends through a head itself.
+
+    `axis` "student" or "teacher" puts them side by side with that model's rows, one to one; "own" is a packing of
+    the loss's choice (it brings its labels), walked after the models' own rows and so after every fact.
+    """
+
+    name: str
+    axis: Literal["student", "teacher", "own"]
+    head: Model
+    learns_head: bool = False
+
+
+@dataclass(frozen=True)
+class Visit:
+    """Which streams a loss sees side by side, chunk by chunk.
+
+    `kind` "sum": `over_vocab` returns `Terms`, plain sums over the chunk's rows, and the core makes the gradient on
+    the spot. `kind` "rows": it returns per-row tensors, which `combine` receives for all rows; recomputed backward.
+    `facts` are the teacher's facts that the chunk must carry (on the student's rows where the visit has them).
+    """
+
+    name: str
+    streams: tuple[str, ...]
+    kind: Literal["sum", "rows"] = "sum"
+    facts: tuple[str, ...] = ()
+    report_only: bool = False
+    """Seen only where a trained stage is measured, never in training: what costs a product of its own just to watch."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Everything a loss reads, so that the core can plan before it runs."""
+
+    student: frozenset[str] = frozenset()
+    """Sites of the student: `hidden.last`, `hidden.<block>`, `embed.input`, `embed.target`, ..."""
+    teacher: frozenset[str] = frozenset()
+    """Sites of the teacher."""
+    visits: tuple[Visit, ...] = ()
+    streams: tuple[OwnStream, ...] = ()
+    facts: tuple[str, ...] = ()
+    """Teacher facts that `streams` or `combine` read: `teacher.top1`, `.correct`, `.label_logprob`, `.entropy`."""
+    tokenizers: Literal["any", "same"] = "any"
+    """"same": the loss makes sense for one tokenizer only; two are refused before anything is loaded."""
+    aligned: bool = False
+    """Whether pairs or spans of the aligner are read."""
+    artefacts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Stages whose trained module this loss receives, with the parameters it insists on."""
+    rows: Literal["response", "sequence"] = "response"
+    batch_coupled: bool = False
+    """One sample's loss depends on its neighbours or on padding: the authors' reading, never a default."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes of one model: all that a loss may know of it when it is built."""
+
+    width: int
+    vocabulary: int
+    layers: int
+    model_type: str
+
+
+@dataclass(frozen=True)
+class Models:
+    """Both models' sizes, and whether their tokenizers are one (decided by their tokens)."""
+
+    teacher: ModelFacts | None
+    student: ModelFacts | None
+    same_tokens: bool
+
+
+@dataclass
+class Own:
+    """The rows of an own stream. `labels` only where its axis is "own"."""
+
+    hidden: Tensor  # [n, width of the head]
+    labels: Tensor | None = None  # [n]
+
+
+class Loss(nn.Module, ABC):
+    """A distillation method. Subclasses are final; write the methods that the method needs and no other.
+
+    Trainable parts are submodules: they get the slot's `lr`, are checkpointed, and never reach the exported student.
+    Every module runs on every step, also on zero rows: a rank that skips one stalls all the others.
+    """
+
+    name: ClassVar[str]
+    """What recipes say in `use`."""
+    paper: ClassVar[str]
+    """Title, venue and address; stands in the docs and in exported model cards."""
+    formula: ClassVar[str]
+    """One line, for the zoo table."""
+    Params: ClassVar[type[Params]] = NoParams
+
+    @classmethod
+    @abstractmethod
+    def needs(cls, params: Any, same_tokens: bool) -> Needs:
+        """What is read, for these parameters, with one tokenizer or two. Pure and cheap."""
+
+    def __init__(self, params: Any, models: Models, artefacts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Sizes only: no weight of a model is at hand. `artefacts` hold the state of the stages named in needs."""
+        super().__init__()
+        self.params = params
+        self.models = models
+
+    def carry_facts(
+        self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor]
+    ) -> Mapping[str, Tensor]:
+        """Teacher facts [M] carried to student rows [N] where the tokenizers differ. Default: by aligned spans."""
+        from kdzoo.step.facts import carry_by_spans
+
+        assert batch.student is not None and batch.teacher is not None
+        return carry_by_spans(facts, batch.student, batch.teacher)
+
+    def streams(self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor]) -> Mapping[str, Own]:
+        """The rows of every own stream named in needs; `facts` on student rows [N] where there is a student."""
+        return {}
+
+    def over_vocab(self, visit: str, chunk: Chunk) -> Terms | Mapping[str, Tensor]:
+        """One chunk of rows with the vocabulary present: `Terms` for a "sum" visit, per-row tensors for "rows"."""
+        raise NotImplementedError
+
+    def combine(
+        self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor], rows: Mapping[str, Tensor]
+    ) -> Terms:
+        """Per-row values of "rows" visits and sites into terms; also the place for watched values.
+
+        Not called `forward`: it is a plain method, since its arguments are no tensors that hooks could see.
+        """
+        return Terms()
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The scored tokens of one response on one side, as an aligner sees them."""
+
+    ids: Sequence[int]
+    starts: Sequence[int]  # first character of each token in the response text
+    ends: Sequence[int]  # one past its last character; an end-of-sequence token stands at (length, length)
+    text: str
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Which tokens of two sides belong together.
+
+    `pairs`: one-to-one, ascending. `spans`: groups (student tokens, teacher tokens) covering the same text, as
+    half-open index ranges (student start, student end, teacher start, teacher end), ascending, disjoint.
+    """
+
+    pairs: Sequence[tuple[int, int]]
+    spans: Sequence[tuple[int, int, int, int]]
+
+
+class Aligner(ABC):
+    """Aligns the tokens of one response under two tokenizers. Runs in the collator, on the CPU."""
+
+    name: ClassVar[str]
+    Params: ClassVar[type[Params]] = NoParams
+
+    def __init__(self, params: Any) -> None:
+        self.params = params
+
+    @abstractmethod
+    def align(self, student: Tokens, teacher: Tokens) -> Alignment: ...
+
+
+class Fusion(nn.Module, ABC):
+    """Reads sites of a mixture-of-experts teacher and writes one site of its own, `fused.<slot>`."""
+
+    name: ClassVar[str]
+    Params: ClassVar[type[Params]] = NoParams
+
+
+class Anatomy(ABC):
+    """Where a model family keeps its parts. One instance serves every model of the family; no model is rewritten."""
+
+    families: ClassVar[tuple[str, ...]]
+    """The `model_type`s of Hugging Face configurations that this anatomy covers."""
+
+    @abstractmethod
+    def backbone(self, model: nn.Module) -> nn.Module:
+        """The model without its head; its `last_hidden_state` is what the head reads (`hidden.last`)."""
+
+    @abstractmethod
+    def blocks(self, model: nn.Module) -> nn.ModuleList:
+        """The transformer blocks; `hidden.<k>` is the output of block k."""
+
+    @abstractmethod
+    def embedding(self, model: nn.Module) -> nn.Module:
+        """The input embedding module."""
+
+    def embed_scale(self, model: nn.Module) -> float:
+        """The factor that the embedding module multiplies its table with."""
+        return 1.0
+
+    @abstractmethod
+    def head(self, model: nn.Module) -> Head:
+        """The output head: weight, bias, scale and soft cap as the family has them."""
+
+    def experts(self, config: Any) -> int:
+        """How many experts a block of a model with this configuration has; 0 where it is no mixture."""
+        return 0
+
+    @abstractmethod
+    def block_prefix(self) -> str:
+        """The name of the blocks in a state dict, with a trailing dot (`model.layers.`)."""
+
+    @abstractmethod
+    def cut_config(self, config: Any, layers: Sequence[int]) -> Any:
+        """A copy of a configuration that keeps only these blocks, in this order."""
+
+
+__all__ = [
+    "Aligner",
+    "Alignment",
+    "Anatomy",
+    "Fusion",
+    "Loss",
+    "ModelFacts",
+    "Models",
+    "Needs",
+    "NoParams",
+    "Own",
+    "OwnStream",
+    "Params",
+    "Tokens",
+    "Visit",
+]
