@@ -1,0 +1,83 @@
+"""One step in plain torch: batch -> student view -> vocabulary pass -> terms -> loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from kdzoo.plugin.contracts import Anatomy
+from kdzoo.step.batch import Batch
+from kdzoo.step.capture import capture
+from kdzoo.step.head import Head
+from kdzoo.step.report import Report, weighted_sum
+from kdzoo.step.vocabulary import CHUNK_BYTES, Call, Gather, Slot, VocabularyPass, already_whole
+
+
+class Distiller(nn.Module):
+    """A student with the losses that train it; or losses alone, where only the teacher runs.
+
+    The teacher is no part of it: its sites and its head are handed in, from an engine of its own.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module | None,
+        anatomy: Anatomy | None,
+        slots: Sequence[Slot],
+        gather: Gather = already_whole,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.losses = nn.ModuleDict({slot.name: slot.loss for slot in slots})
+        self.vocabulary = VocabularyPass(slots, gather, chunk_bytes)
+        self.slots = tuple(slots)
+        self.anatomy = anatomy
+        # Found once, outside of any forward pass: reading a partitioned parameter inside one would gather it there.
+        self.head = None if student is None or anatomy is None else anatomy.head(student)
+
+    def forward(
+        self,
+        *,
+        batch: Batch,
+        teacher: Mapping[str, Tensor],
+        teacher_head: Head | None,
+        weights: Mapping[str, float],
+        report: Report,
+    ) -> Tensor:
+        """The loss of one micro-batch, divided by the global counts, so that micro-batches and ranks add up.
+
+        `report` is filled with terms and watched values.
+        """
+        heads = {} if teacher_head is None else {"teacher": teacher_head}
+        sites: dict[str, Tensor] = {}
+        if self.student is not None:
+            assert batch.student is not None and self.anatomy is not None and self.head is not None
+            wanted = {"hidden.last"}.union(*(slot.needs.student for slot in self.slots))
+            sites = capture(self.student, self.anatomy, batch.student, wanted)
+            heads["student"] = self.head
+        return self.score(Call(batch, sites, teacher, heads, weights, report))
+
+    def score(self, call: Call) -> Tensor:
+        """From the sites of both models to the loss."""
+        hidden = call.student["hidden.last"] if call.student else call.teacher["hidden.last"]
+        loss, *values = self.vocabulary(hidden, call=call)
+        rows: dict[str, dict[str, Tensor]] = {slot.name: {} for slot in self.slots}
+        for (name, row_name), value in zip(call.row_names, values, strict=True):
+            rows[name][row_name] = value
+        parts = [loss]
+        for slot in self.slots:
+            facts = call.facts.get(slot.name, {})
+            terms = slot.loss.combine(call.batch, *call.views(slot), facts, rows[slot.name])
+            call.report.take(slot.name, terms, call.batch.counts)
+            part = weighted_sum(terms, call.weights[slot.name], call.batch.counts)
+            if part is not None:
+                parts.append(part)
+        return torch.stack(parts).sum() if len(parts) > 1 else loss
+
+
+def teacher_sites(slots: Sequence[Slot]) -> frozenset[str]:
+    """Everything that the losses want of the teacher; its last state is always there, for its head."""
+    return frozenset({"hidden.last"}).union(*(slot.needs.teacher for slot in slots))

@@ -1,0 +1,36 @@
+"""An output head: the product of states with a vocabulary, and what a family does to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = cap * tanh(scale * (h W^T + b) / cap); no cap, no bias and scale 1 for most families.
+
+    `weight` [V, S] and `bias` [V] are the model's own parameters, which may be partitioned outside the pass.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    def finish(self, product: Tensor, bias: Tensor | None) -> Tensor:
+        """`h W^T` [n, V] in the model's dtype to logits in at least float32."""
+        logits = product if product.dtype == torch.float64 else product.float()
+        if bias is not None:
+            logits = logits + bias
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.soft_cap is not None:
+            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return logits

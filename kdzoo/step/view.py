@@ -1,0 +1,78 @@
+"""The sites of one model, packed to the rows that are scored: all that a loss may read of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from kdzoo.errors import KdzooError, did_you_mean
+from kdzoo.step.batch import Side
+
+
+class View:
+    """Declared sites of one model for one micro-batch.
+
+    `view["hidden.last"]` is `[rows, width]`. Reading a site that the loss did not declare in its needs raises.
+    """
+
+    def __init__(self, side: Side, sites: Mapping[str, Tensor], owner: str, declared: frozenset[str]) -> None:
+        self.side = side
+        self.read: set[str] = set()
+        self._sites = sites
+        self._owner = owner
+        self._declared = declared
+
+    def __getitem__(self, site: str) -> Tensor:
+        if site not in self._declared:
+            known = sorted(self._declared) or ["nothing"]
+            raise KdzooError(
+                f"{self._owner}: reads the site '{site}' that its needs do not declare"
+                f"{did_you_mean(site, known)}; declared: {', '.join(known)}"
+            )
+        self.read.add(site)
+        return self._sites[site]
+
+    @property
+    def labels(self) -> Tensor:
+        """[rows] the token each row predicts."""
+        return self.side.labels
+
+    @property
+    def sample(self) -> Tensor:
+        """[rows] the sequence of each row, ascending."""
+        return self.side.sample
+
+    def __len__(self) -> int:
+        return len(self.side)
+
+    def padded(self, site: str) -> tuple[Tensor, Tensor]:
+        """A site as `[B, n, width]` with a `[B, n]` mask of its real rows; n is the longest sequence's rows."""
+        return pad_rows(self[site], self.side)
+
+
+def pad_rows(values: Tensor, side: Side) -> tuple[Tensor, Tensor]:
+    """Packed `[rows, ...]` as `[B, n, ...]`, zero where a sequence has no such row, and the `[B, n]` mask."""
+    place, mask = row_places(side)
+    padded = values.new_zeros((mask.numel(), *values.shape[1:]))
+    padded = padded.index_copy(0, place, values)
+    return padded.view(*mask.shape, *values.shape[1:]), mask
+
+
+def unpad_rows(padded: Tensor, side: Side) -> Tensor:
+    """The inverse of `pad_rows`: `[B, n, ...]` back to packed `[rows, ...]`."""
+    place, _ = row_places(side)
+    return padded.flatten(0, 1)[place]
+
+
+def row_places(side: Side) -> tuple[Tensor, Tensor]:
+    """Where each packed row stands in a `[B, n]` grid (flat), and the grid's mask."""
+    count = torch.bincount(side.sample, minlength=side.sequences)
+    n = int(count.max()) if len(side) else 0
+    first = count.cumsum(0) - count
+    within = torch.arange(len(side), device=side.sample.device) - first[side.sample]
+    place = side.sample * n + within
+    mask = torch.zeros(side.sequences * n, dtype=torch.bool, device=side.sample.device)
+    mask[place] = True
+    return place, mask.view(side.sequences, n)
