@@ -1,0 +1,252 @@
+"""The command line. What a command needs is imported inside it: only `run` waits for torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kdzoo.errors import KdzooError
+
+if TYPE_CHECKING:
+    from kdzoo.plugin.declarations import Declarations, Declared
+    from kdzoo.recipe.load import LoadedRecipe
+    from kdzoo.recipe.model import LossSlot, ModelSource, Recipe, Stage
+
+FILE = click.Path(path_type=Path)
+
+plugin_option = click.option(
+    "--plugin", "plugins", type=FILE, multiple=True, metavar="FILE", help="A loose plugin file; repeatable."
+)
+
+
+def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """RECIPE and what is merged over it, the same for every command that reads one."""
+    for decorate in (
+        plugin_option,
+        click.option(
+            "--set",
+            "sets",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Set one key, such as stages.distill.steps=100; null deletes it; repeatable.",
+        ),
+        click.option(
+            "--on",
+            type=FILE,
+            multiple=True,
+            metavar="PAIR",
+            help="Merge this recipe over it, such as a pair; repeatable.",
+        ),
+        click.argument("recipe", type=FILE),
+    ):
+        command = decorate(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="kdzoo")
+def cli() -> None:
+    """Distil a language model into a smaller one, from the teacher's inside."""
+
+
+@cli.command()
+@recipe_options
+@click.option("--ranks", type=click.IntRange(min=1), metavar="N", help="Processes; by default one per GPU, or one.")
+@click.option("--out", type=FILE, metavar="DIR", help="The run folder.")
+def run(
+    recipe: Path,
+    on: Sequence[Path],
+    sets: Sequence[str],
+    plugins: Sequence[Path],
+    ranks: int | None,
+    out: Path | None,
+) -> int:
+    """Train and evaluate what RECIPE says."""
+    from kdzoo.run import launch_run
+
+    return launch_run(recipe_path=recipe, on=on, sets=sets, plugins=plugins, ranks=ranks, out=out)
+
+
+@cli.command()
+@recipe_options
+def validate(recipe: Path, on: Sequence[Path], sets: Sequence[str], plugins: Sequence[Path]) -> None:
+    """Say what RECIPE would do, or everything that is wrong with it."""
+    from kdzoo.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, on, sets, plugins)
+    click.echo(f"{loaded.path}: {_summary(loaded.recipe)}")
+
+
+@cli.command()
+@recipe_options
+@click.option("--origin", is_flag=True, help="Show which file or flag set each value.")
+def show(recipe: Path, on: Sequence[Path], sets: Sequence[str], plugins: Sequence[Path], origin: bool) -> None:
+    """Print RECIPE with everything merged, as JSON."""
+    from kdzoo.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, on, sets, plugins)
+    click.echo("\n".join(_origins(loaded)) if origin else _json(loaded.resolved))
+
+
+@cli.command()
+@plugin_option
+@click.option("--write", type=FILE, metavar="PATH", help="Write it to a file.")
+def schema(plugins: Sequence[Path], write: Path | None) -> None:
+    """Print the JSON Schema of recipe files, made from the plugins."""
+    from kdzoo.plugin.declarations import declarations
+    from kdzoo.recipe.schema import recipe_schema
+
+    text = _json(recipe_schema(declarations(plugins)))
+    if write is None:
+        click.echo(text)
+        return
+    try:
+        write.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise KdzooError(f"{write}: cannot be written ({error.strerror})") from error
+
+
+@cli.command("list")
+@plugin_option
+@click.option("--json", "as_json", is_flag=True, help="Everything that is declared, as JSON.")
+def list_plugins(plugins: Sequence[Path], as_json: bool) -> None:
+    """List what the plugins offer, with all parameters."""
+    from dataclasses import asdict
+
+    from kdzoo.plugin.declarations import declarations
+
+    declared = declarations(plugins)
+    if as_json:
+        click.echo(_json(asdict(declared)))
+    elif sys.stdout.isatty():
+        _print_tables(declared)
+    else:
+        click.echo("\n".join(_lines(declared)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is 2 for what the user can fix."""
+    try:
+        code = cli.main(arguments, prog_name="kdzoo", standalone_mode=False)
+        sys.stdout.flush()
+        return code or 0
+    except KdzooError as error:
+        for line in str(error).splitlines():
+            click.echo(f"error: {line}", err=True)
+        return 2
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted", err=True)
+        return 130
+    except BrokenPipeError:
+        # The reader went away. Python would flush standard output once more at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _json(content: Any) -> str:
+    return json.dumps(content, indent=2, ensure_ascii=False)
+
+
+# validate and show
+
+
+def _summary(recipe: Recipe) -> str:
+    losses = ", ".join(_term(name, slot) for name, slot in recipe.losses.items())
+    places = {"teacher": 0, "sft": 1, "distill": 3}  # what makes an artefact stands between, as it runs
+    in_order = sorted(recipe.stages.items(), key=lambda item: places.get(item[0], 2))
+    stages = ", ".join(_length(name, stage) for name, stage in in_order)
+    models = f"{_model(recipe.student)} learns from {_model(recipe.teacher)}"
+    return f"'{recipe.title}': {models}; losses {losses}; stages {stages}; {recipe.precision}"
+
+
+def _model(source: ModelSource) -> str:
+    if source.config is not None:
+        return f"a new {source.config.get('model_type', 'model')}"
+    if source.layers is not None:
+        return f"{len(source.layers)} layers of the teacher"
+    return f"'{source.name or source.gguf_file or source.gguf_package}'"
+
+
+def _term(name: str, slot: LossSlot) -> str:
+    weight = slot.weight
+    amount = f"{weight:g}" if isinstance(weight, float) else f"{weight.start:g} to {weight.end:g}"
+    return f"{amount} × {slot.use}" + (f" as '{name}'" if name != slot.use else "")
+
+
+def _length(name: str, stage: Stage) -> str:
+    count, unit = (stage.steps, "step") if stage.steps else (stage.epochs, "epoch")
+    return f"{name} ({count:g} {unit}{'' if count == 1 else 's'})"
+
+
+def _origins(loaded: LoadedRecipe) -> Iterator[str]:
+    """One line per leaf: its address, its value, and who set it."""
+    from kdzoo.recipe.merge import in_text, leaves
+
+    for at, value in leaves(loaded.resolved):
+        address = in_text(at)
+        yield f"{address} = {json.dumps(value, ensure_ascii=False)}  ({loaded.provenance[address]})"
+
+
+# list
+
+
+def _lines(declared: Declarations) -> Iterator[str]:
+    """What is declared, in plain lines."""
+    for kind, plugins in _kinds(declared):
+        yield f"{kind}:"
+        for plugin in plugins.values():
+            yield f"  {plugin.name}  [{plugin.plugin}]  {_first_line(plugin.doc)}"
+            for note in filter(None, (plugin.formula, plugin.paper)):
+                yield f"      {note}"
+            for parameter, doc in _parameters(plugin.params):
+                yield f"      {parameter}" + (f": {doc}" if doc else "")
+
+
+def _print_tables(declared: Declarations) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    console = Console()
+    for kind, plugins in _kinds(declared):
+        columns = (Column(name, overflow="fold") for name in ("name", "plugin", "what it is", "parameters"))
+        table = Table(*columns, title=kind, title_justify="left", show_lines=True)
+        for plugin in plugins.values():
+            what = filter(None, (_first_line(plugin.doc), plugin.formula, plugin.paper))
+            parameters = (parameter for parameter, _ in _parameters(plugin.params))
+            cells = (plugin.name, plugin.plugin, "\n".join(what), "\n".join(parameters))
+            table.add_row(*map(Text, cells))  # Text: a formula's brackets are no markup
+        console.print(table)
+
+
+def _kinds(declared: Declarations) -> Iterator[tuple[str, dict[str, Declared]]]:
+    """Those of which there are any."""
+    kinds = {
+        "losses": declared.losses,
+        "aligners": declared.aligners,
+        "fusions": declared.fusions,
+        "anatomies": declared.anatomies,
+    }
+    yield from ((kind, plugins) for kind, plugins in kinds.items() if plugins)
+
+
+def _parameters(schema: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Of each parameter: `width (integer ≥ 1, default 64)`, and its documentation on one line."""
+    from kdzoo.plugin.json_schema import in_words, value_in_words
+
+    for name, parameter in schema.get("properties", {}).items():
+        default = f", default {value_in_words(parameter['default'])}" if "default" in parameter else ""
+        yield f"{name} ({in_words(parameter)}{default})", " ".join(parameter.get("description", "").split())
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]

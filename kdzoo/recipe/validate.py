@@ -1,0 +1,227 @@
+"""Everything that is wrong with a merged recipe, one line each: `address: what; what to do (who set it)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from jsonschema import Draft202012Validator, ValidationError
+
+from kdzoo.errors import did_you_mean
+from kdzoo.plugin.json_schema import in_words, value_in_words
+from kdzoo.recipe.merge import Address, Merged, in_text
+
+MODEL_SOURCES = ("name", "gguf_file", "gguf_package", "config", "layers")
+ROW_SOURCES = ("lab", "jsonl", "dataset")
+COMPANIONS = {"revision": "name", "subset": "dataset", "split": "dataset"}
+"""Keys that mean nothing without another."""
+
+NAMED_STAGES = ("teacher", "sft", "distill")
+
+DEEPSPEED_KEYS = (
+    "activation_checkpointing",
+    "aio",
+    "checkpoint",
+    "comms_logger",
+    "communication_data_type",
+    "compile",
+    "csv_monitor",
+    "data_types",
+    "dump_state",
+    "flops_profiler",
+    "gradient_predivide_factor",
+    "hybrid_engine",
+    "load_universal_checkpoint",
+    "memory_breakdown",
+    "monitor_config",
+    "prescale_gradients",
+    "sparse_gradients",
+    "steps_per_print",
+    "tensorboard",
+    "timers",
+    "use_data_before_expert_parallel",
+    "use_node_local_storage",
+    "wall_clock_breakdown",
+    "wandb",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+)
+"""The keys of DeepSpeed's configuration that a run of ours can use."""
+
+OWNED_BY_THE_RECIPE = {
+    "train_batch_size": "'stages.{stage}.batch'",
+    "train_micro_batch_size_per_gpu": "'stages.{stage}.micro_batch'",
+    "gradient_accumulation_steps": "'stages.{stage}.micro_batch', from which it follows",
+    "managed_gradient_accumulation": "'stages.{stage}.micro_batch', from which accumulation follows",
+    "elasticity": "'stages.{stage}.batch'",
+    "gradient_clipping": "'stages.{stage}.clip'",
+    "optimizer": "'stages.{stage}.lr', 'stages.{stage}.betas' and 'stages.{stage}.weight_decay'",
+    "scheduler": "'stages.{stage}.schedule' and 'stages.{stage}.warmup'",
+    "fp16": "'precision'",
+    "bf16": "'precision'",
+    "bfloat16": "'precision'",
+    "amp": "'precision'",
+    "torch_autocast": "'precision'",
+}
+"""Keys of DeepSpeed's configuration, and what to use instead."""
+
+
+def faults(merged: Merged, schema: Mapping[str, Any]) -> list[str]:
+    """All of them, sorted; none for a valid recipe. `schema` is the one for whole recipes."""
+    errors = Draft202012Validator(schema).iter_errors(merged.document)
+    lines = [line for error in errors for leaf in _leaves(error) for line in _schema_fault(merged, leaf)]
+    checks: Sequence[Callable[[Merged], Iterator[str]]] = (_models, _rows, _stages, _losses, _deepspeed)
+    lines += chain.from_iterable(check(merged) for check in checks)
+    return sorted(set(lines))
+
+
+def fault(merged: Merged, address: Address, text: str) -> str:
+    """A line that ends in who set the value at this address."""
+    origin = merged.origin(address)
+    return f"{in_text(address) or 'recipe'}: {text}" + (f" (set by {origin.label})" if origin else "")
+
+
+def _missing(merged: Merged, address: Address, advice: str = "") -> str:
+    origin = merged.origins.get(address)
+    return f"{in_text(address)}: missing key{advice}" + (f" (removed by {origin.label})" if origin else "")
+
+
+# What the schema says
+
+
+def _leaves(error: ValidationError) -> Iterator[ValidationError]:
+    """An error of a union is those of the branch that the value's type fits, if there is one such branch."""
+    if error.validator not in ("anyOf", "oneOf"):
+        yield error
+        return
+    branches: dict[Any, list[ValidationError]] = {}
+    for inner in error.context or ():
+        branches.setdefault(inner.relative_schema_path[0], []).append(inner)
+    fitting = [
+        branch
+        for branch in branches.values()
+        if not any(inner.validator == "type" and not inner.relative_path for inner in branch)
+    ]
+    if len(fitting) == 1:
+        yield from chain.from_iterable(map(_leaves, fitting[0]))
+    else:
+        yield error
+
+
+def _schema_fault(merged: Merged, error: ValidationError) -> Iterator[str]:
+    """One line, or one for each key where an object has unknown keys or lacks some."""
+    address: Address = tuple(error.absolute_path)
+    assert isinstance(error.schema, Mapping)
+    match error.validator:
+        case "additionalProperties":
+            known = error.schema.get("properties", {})
+            for key in error.instance.keys() - known.keys():
+                yield fault(merged, (*address, key), f"unknown key{_hint(key, known)}")
+        case "required":
+            for key in set(error.schema["required"]) - error.instance.keys():
+                yield _missing(merged, (*address, key))
+        case "enum" if address[-1:] == ("use",):
+            hint = _hint(error.instance, error.schema["enum"])
+            yield fault(merged, address, f"no plugin offers {value_in_words(error.instance)}{hint}")
+        case "enum":
+            words = [value for value in error.schema["enum"] if isinstance(value, str)]
+            hint = did_you_mean(error.instance, words) if isinstance(error.instance, str) else ""
+            yield fault(merged, address, f"{_is_not(error)}{hint}")
+        case "minItems" | "maxItems" | "minLength" | "maxLength":
+            yield fault(merged, address, f"{_is_not(error)}; its length is {len(error.instance)}")
+        case "type" | "anyOf" | "oneOf" | "const" | "minimum" | "maximum" | "exclusiveMinimum" | "exclusiveMaximum":
+            yield fault(merged, address, _is_not(error))
+        case _:
+            yield fault(merged, address, f"{value_in_words(error.instance)} does not fit; {error.message}")
+
+
+def _is_not(error: ValidationError) -> str:
+    assert isinstance(error.schema, Mapping)
+    words = in_words(error.schema)
+    article = "" if not words[0].isalpha() or words == "true or false" else "an " if words[0] in "aeiou" else "a "
+    return f"{value_in_words(error.instance)} is not {article}{words}"
+
+
+def _hint(word: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
+    if not known:
+        return "; there is none"
+    return did_you_mean(str(word), known) or f"; known are {', '.join(map(repr, sorted(known)))}"
+
+
+# What it cannot say in a readable way
+
+
+def _models(merged: Merged) -> Iterator[str]:
+    for role in ("student", "teacher"):
+        for at, source in merged.objects(role):
+            yield from _one_of(merged, at, source, MODEL_SOURCES)
+            if role == "teacher":
+                for key in ("layers", "gradient_checkpointing"):
+                    if key in source:
+                        yield fault(merged, (*at, key), "is for the student only; remove it")
+
+
+def _rows(merged: Merged) -> Iterator[str]:
+    sources = (("data", "train"), ("data", "held_out"), ("stages", "*", "data"), ("evaluation", "sets", "*"))
+    for at, source in chain.from_iterable(merged.objects(*pattern) for pattern in sources):
+        yield from _one_of(merged, at, source, ROW_SOURCES)
+
+
+def _stages(merged: Merged) -> Iterator[str]:
+    if isinstance(merged.document.get("stages"), dict) and "distill" not in merged.document["stages"]:
+        yield _missing(merged, ("stages", "distill"), "; every recipe has this stage")
+    for at, stage in merged.objects("stages", "*"):
+        yield from _one_of(merged, at, stage, ("steps", "epochs"))
+        name = str(at[-1])
+        if name != "distill" and "checkpoint_every" in stage:
+            yield fault(merged, (*at, "checkpoint_every"), "only 'distill' keeps checkpoints; remove it")
+        if name not in NAMED_STAGES:
+            if "use" not in stage:
+                hint = did_you_mean(name, NAMED_STAGES) or "; a stage that makes an artefact names its plugin"
+                yield _missing(merged, (*at, "use"), hint)
+            if "losses" in stage:
+                yield fault(merged, (*at, "losses"), "a stage that makes an artefact has 'use' instead; remove it")
+            continue
+        for key in ("use", "params"):
+            if key in stage:
+                yield fault(merged, (*at, key), "is for a stage that makes an artefact; remove it")
+        if name == "distill" and "losses" in stage:
+            yield fault(merged, (*at, "losses"), "this stage has the recipe's own; use 'losses'")
+        if name != "distill" and not stage.get("losses"):
+            yield _missing(merged, (*at, "losses"), "; a stage of one model names its own")
+
+
+def _losses(merged: Merged) -> Iterator[str]:
+    if merged.document.get("losses") == {}:
+        yield fault(merged, ("losses",), "no loss is left; name at least one")
+
+
+def _deepspeed(merged: Merged) -> Iterator[str]:
+    """DeepSpeed itself ignores a misspelt key of its first level without a word."""
+    for at, settings in chain(merged.objects("deepspeed"), merged.objects("stages", "*", "deepspeed")):
+        for key in settings.keys() - OWNED_BY_THE_RECIPE.keys() - set(DEEPSPEED_KEYS):
+            yield fault(merged, (*at, key), f"is no key of DeepSpeed{_hint(key, DEEPSPEED_KEYS)}")
+        stage = at[1] if len(at) > 1 else "<stage>"
+        for key in settings.keys() & OWNED_BY_THE_RECIPE.keys():
+            instead = OWNED_BY_THE_RECIPE[key].format(stage=stage)
+            yield fault(merged, (*at, key), f"belongs to the recipe; use {instead}")
+
+
+def _one_of(merged: Merged, at: Address, section: Mapping[str, Any], keys: Sequence[str]) -> Iterator[str]:
+    """Exactly one of these keys, and no key without the one that it goes with."""
+    given = [key for key in keys if key in section]
+    if not given:
+        yield fault(merged, at, f"needs one of {', '.join(map(repr, keys))}")
+    if len(given) > 1:
+        setters = " and ".join(f"'{key}'" + _set_by(merged, (*at, key)) for key in given)
+        yield f"{in_text(at)}: {setters} exclude each other; set all but one to null"
+    for key, partner in COMPANIONS.items():
+        if partner in keys and key in section and partner not in section:
+            yield fault(merged, (*at, key), f"goes with '{partner}' only; remove it")
+
+
+def _set_by(merged: Merged, address: Address) -> str:
+    origin = merged.origin(address)
+    return f" (set by {origin.label})" if origin else ""

@@ -1,0 +1,149 @@
+"""Who may import whom: the order of the rooms is the architecture."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kdzoo
+from kdzoo.plugin.declarations import declarations
+
+REPOSITORY = Path(__file__).parents[1]
+CORE = sorted((REPOSITORY / "kdzoo").rglob("*.py"))
+PLUGINS = sorted((REPOSITORY / "plugins").rglob("*.py"))
+
+MAY_IMPORT = {
+    "plugin": set(),
+    "step": {"plugin"},
+    "data": {"step", "plugin"},
+    "models": {"data", "plugin"},
+    "engine": {"step", "plugin"},
+    "evaluate": {"engine", "data", "models", "step", "plugin"},
+    "recipe": {"plugin"},
+    "run": {"evaluate", "engine", "data", "models", "step", "plugin", "recipe"},
+    "testing": {"data", "models", "step", "plugin", "recipe"},
+    "__main__": {"cli"},
+    "cli": {"run", "evaluate", "recipe", "plugin"},
+    "errors": set(),
+    "cache": set(),
+}
+
+FOR_EVERYBODY = {
+    "kdzoo",  # its version
+    "kdzoo.errors",
+    "kdzoo.cache",
+    "kdzoo.recipe.model",  # the recipe's sections, plain data
+    "kdzoo.recipe.merge",
+    "kdzoo.quiet",  # silences libraries, knows nothing of ours
+}
+
+# What the contracts between the core and its plugins are written in: `plugin` may import these rooms' types.
+VOCABULARY = {f"kdzoo.step.{name}" for name in ("batch", "chunk", "facts", "head", "ops", "terms", "view")}
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Every module that a file imports, at its top or inside; `from package import module` is the module."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module is not None and node.level == 0, f"{file}: a relative import"
+            yield from (_module(f"{node.module}.{alias.name}", node.module) for alias in node.names)
+
+
+def _module(name: str, parent: str) -> str:
+    path = REPOSITORY.joinpath(*name.split("."))
+    return name if path.is_dir() or path.with_suffix(".py").is_file() else parent
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+def within(file: Path) -> Iterator[str]:
+    return (name for name in imports(file) if name == "kdzoo" or name.startswith("kdzoo."))
+
+
+@pytest.mark.parametrize("file", CORE, ids=module_of)
+def test_a_room_imports_only_what_lies_below_it(file):
+    module = module_of(file)
+    if module == "kdzoo":
+        pytest.skip("the public names come from everywhere")
+    here = room(module)
+    wrong = {
+        name
+        for name in within(file)
+        if name not in FOR_EVERYBODY
+        and room(name) not in {here} | MAY_IMPORT[here]
+        and not (here == "plugin" and name in VOCABULARY)
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", sorted(VOCABULARY))
+def test_the_vocabulary_of_the_contracts_rests_on_itself(name):
+    file = REPOSITORY.joinpath(*name.split(".")).with_suffix(".py")
+    assert set(within(file)) <= VOCABULARY | {"kdzoo.errors"}
+
+
+def test_only_the_engine_imports_deepspeed():
+    files = [file for file in [*CORE, *PLUGINS] if any(name.split(".")[0] == "deepspeed" for name in imports(file))]
+    assert files
+    assert {room(module_of(file)) for file in files} == {"engine"}
+
+
+@pytest.mark.parametrize("file", PLUGINS, ids=lambda file: file.stem)
+def test_a_plugin_imports_public_names_torch_and_pydantic(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "kdzoo":
+            assert {alias.name for alias in node.names} <= set(kdzoo.__all__)
+    others = {name for name in imports(file) if name.split(".")[0] not in sys.stdlib_module_names}
+    assert {name for name in others if name.split(".")[0] not in ("torch", "pydantic")} <= {"kdzoo"}
+
+
+def test_the_public_names_are_there():
+    for name in kdzoo.__all__:
+        assert getattr(kdzoo, name) is not None
+    with pytest.raises(AttributeError, match=r"^module 'kdzoo' has no attribute 'Los'$"):
+        kdzoo.Los  # noqa: B018
+
+
+def test_type_checkers_see_the_same_public_names():
+    tree = ast.parse((REPOSITORY / "kdzoo" / "__init__.py").read_text(encoding="utf-8"))
+    checked = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.name for node in checked.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert seen == set(kdzoo.__all__)
+
+
+def test_the_light_rooms_import_no_heavy_library():
+    light = [file for file in CORE if room(module_of(file)) in ("", "cli", "errors", "cache", "recipe")]
+    light += [REPOSITORY / "kdzoo" / "plugin" / f"{name}.py" for name in ("hooks", "discovery", "declarations")]
+    code = f"""
+import importlib, sys
+for module in {[module_of(file) for file in light]}:
+    importlib.import_module(module)
+print(sorted({{"torch", "deepspeed", "transformers", "datasets"}} & sys.modules.keys()))
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_core_names_no_plugin():
+    """But for the default aligner, in the recipe's model. What `ops` computes are names of quantities too."""
+    declared = declarations()
+    names = (declared.losses | declared.aligners | declared.fusions).keys() - set(dir(kdzoo.ops))
+    named = {
+        (module_of(file), node.value)
+        for file in CORE
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in names
+    }
+    assert named == {("kdzoo.recipe.model", "by_bytes")}
