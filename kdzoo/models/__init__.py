@@ -1,0 +1,1 @@
+"""Models: whatever a recipe names becomes a folder that one loader reads."""
