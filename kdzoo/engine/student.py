@@ -1,0 +1,164 @@
+"""What trains: student and losses in one module, in a ZeRO engine with one optimizer group per kind of parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from transformers import get_scheduler
+
+from kdzoo.engine.close import close_engine
+from kdzoo.engine.config import zero_stage
+from kdzoo.engine.distributed import summed, world
+from kdzoo.engine.frozen import FrozenModel, gather, whole_shape
+from kdzoo.recipe.model import LossSlot, Stage
+from kdzoo.step.batch import Batch
+from kdzoo.step.distiller import Distiller, teacher_sites
+from kdzoo.step.report import Report
+
+
+class StudentEngine:
+    """One optimizer step at a time, over micro-batches and ranks, with denominators of the whole step."""
+
+    def __init__(
+        self,
+        distiller: Distiller,
+        teacher: FrozenModel | None,
+        stage: Stage,
+        losses: Mapping[str, LossSlot],
+        steps: int,
+        config: dict[str, Any],
+        device: torch.device,
+    ) -> None:
+        self.distiller = distiller
+        self.teacher = teacher
+        self.device = device
+        self.accumulation = int(config["gradient_accumulation_steps"])
+        self._losses = losses
+        self._stage_3 = zero_stage(config) == 3
+        # Without sharding and in float32 DeepSpeed keeps no gradient norm.
+        self._plain = zero_stage(config) == 0 and not config.get("bf16", {}).get("enabled", False)
+        self._sites = teacher_sites(distiller.slots)
+        optimizer = torch.optim.AdamW(parameter_groups(distiller, stage, losses), lr=stage.lr, betas=stage.betas)
+        name = "constant_with_warmup" if stage.schedule == "constant" else stage.schedule
+        scheduler = get_scheduler(name, optimizer, num_warmup_steps=stage.warmup, num_training_steps=steps)
+        self.engine, *_ = deepspeed.initialize(
+            model=distiller, optimizer=optimizer, lr_scheduler=scheduler, config=config
+        )
+        if self._stage_3 and distiller.head is not None:
+            for parameter in distiller.head.parameters:
+                deepspeed.zero.register_external_parameter(distiller.vocabulary, parameter)
+
+    def step(self, batches: Sequence[Batch], number: int) -> dict[str, float]:
+        """One optimizer step over this rank's micro-batches; the metrics of all ranks together.
+
+        `batches` already hold the global counts. `number` counts optimizer steps from 0, for weights that move.
+        """
+        self.engine.train()
+        weights = {name: weight_at(slot.weight, number) for name, slot in self._losses.items()}
+        report = Report()
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        norm: float | None = None
+        for batch in batches:
+            loss = self._loss(batch.to(self.device), weights, report)
+            total += loss.detach()
+            # DeepSpeed divides by accumulation and averages over ranks; our losses are shares of a global mean.
+            self.engine.backward(loss * (self.accumulation * world()))
+            if self._plain and self.engine.is_gradient_accumulation_boundary():
+                norm = float(get_total_norm([p.grad for p in self.distiller.parameters() if p.grad is not None]))
+            self.engine.step()
+        if not self._plain:
+            norm = self.engine.get_global_grad_norm()
+        lr = self.engine.get_lr()[0]
+        return {"loss": summed({"loss": total}, self.device)["loss"], **merged(report, self.device)} | {
+            "gradient_norm": float(norm) if norm is not None else float("nan"),
+            "lr": float(lr),
+        }
+
+    @torch.no_grad()
+    def measure(self, batches: Sequence[Batch]) -> dict[str, float]:
+        """Terms and watched values over `batches`, which hold the global counts; nothing is trained."""
+        self.engine.eval()
+        weights = {name: weight_at(slot.weight, 0) for name, slot in self._losses.items()}
+        report = Report()
+        for batch in batches:
+            self._loss(batch.to(self.device), weights, report)
+        return merged(report, self.device)
+
+    def _loss(self, batch: Batch, weights: Mapping[str, float], report: Report) -> Tensor:
+        sites: dict[str, Tensor] = {}
+        if self.teacher is not None:
+            assert batch.teacher is not None
+            sites = self.teacher.sites(batch.teacher, self._sites)
+        head = None if self.teacher is None else self.teacher.head
+        return self.engine(batch=batch, teacher=sites, teacher_head=head, weights=weights, report=report)
+
+    def state(self, prefix: str) -> dict[str, Tensor]:
+        """The trained weights under `prefix` (`student.`, `losses.<slot>.`), whole, on rank 0's CPU."""
+        if self._stage_3:
+            whole = self.engine._zero3_consolidated_16bit_state_dict() or {}
+        else:
+            whole = self.distiller.state_dict()
+        return {
+            name.removeprefix(prefix): value.detach().cpu().contiguous()
+            for name, value in whole.items()
+            if name.startswith(prefix)
+        }
+
+    def save_checkpoint(self, folder: Path, step: int) -> None:
+        """Everything that a continued run needs, sharded, under `folder/step-<n>`."""
+        self.engine.save_checkpoint(str(folder), tag=f"step-{step}", client_state={"step": step})
+
+    def load_checkpoint(self, folder: Path, tag: str) -> int:
+        """Continue from a checkpoint; returns its step."""
+        _, client = self.engine.load_checkpoint(str(folder), tag=tag)
+        return int(client["step"])
+
+    def close(self) -> None:
+        close_engine(self.engine)
+
+
+def build_distiller(student: nn.Module | None, anatomy: Any, slots: Sequence[Any]) -> Distiller:
+    """The module that trains, whose pass gathers the frozen teacher's partitioned head when it needs it."""
+    return Distiller(student, anatomy, slots, gather=gather)
+
+
+def parameter_groups(distiller: Distiller, stage: Stage, losses: Mapping[str, LossSlot]) -> list[dict[str, Any]]:
+    """The student's parameters at the stage's rate, each slot's at its own; vectors (norms, biases) are not decayed."""
+    groups = []
+    owners: list[tuple[float, Iterator[tuple[str, nn.Parameter]]]] = []
+    if distiller.student is not None:
+        owners.append((stage.lr, distiller.student.named_parameters()))
+    owners += [(losses[name].lr or stage.lr, loss.named_parameters()) for name, loss in distiller.losses.items()]
+    for lr, parameters in owners:
+        trained = [p for _, p in parameters if p.requires_grad]
+        for decayed in (True, False):
+            members = [p for p in trained if (len(whole_shape(p)) >= 2) == decayed]
+            if members:
+                groups.append({"params": members, "lr": lr, "weight_decay": stage.weight_decay if decayed else 0.0})
+    return groups
+
+
+def weight_at(weight: Any, step: int) -> float:
+    """A slot's weight at an optimizer step."""
+    if isinstance(weight, float | int):
+        return float(weight)
+    return weight.start + (weight.end - weight.start) * min(1.0, step / weight.steps)
+
+
+def merged(report: Report, device: torch.device) -> dict[str, float]:
+    """Terms and watched values of all ranks: shares add up, watched values are total over count."""
+    sums = {f"term {k}": v for k, v in report.terms.items()}
+    sums |= {f"total {k}": total for k, (total, _) in report.watched.items()}
+    sums |= {f"count {k}": count for k, (_, count) in report.watched.items()}
+    values = summed(sums, device)
+    terms = {name: values[f"term {name}"] for name in report.terms}
+    watched = {
+        name: values[f"total {name}"] / values[f"count {name}"] for name in report.watched if values[f"count {name}"]
+    }
+    return terms | watched
