@@ -1,0 +1,29 @@
+"""What a run's models are worth: answers, Rouge-L, and the shape of the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TypedDict
+
+
+class RougeScores(TypedDict):
+    """Rouge-L of one model on one set under one decoding, 0 to 100."""
+
+    mean: float
+    per_seed: list[float]
+    """One mean per decoding seed, all of one training run; one value for greedy decoding."""
+
+
+class ModelScores(TypedDict):
+    """Everything that is known of one model on one evaluation set."""
+
+    rouge_l: dict[str, RougeScores]
+    """By the name of the decoding."""
+    cross_entropy: float | None
+    """Nats per token of the model's own tokenizer: two tokenizers do not compare."""
+    token_accuracy: float | None
+    """The share of response tokens that are the model's first choice, 0 to 1."""
+
+
+Scores = Mapping[str, Mapping[str, ModelScores]]
+"""Evaluation set -> model (`teacher`, `untrained`, `sft`, `student`, ...) -> its scores, as shown."""

@@ -1,0 +1,278 @@
+"""A recipe from its first stage to its scores: read this file to know what a run does."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import kdzoo
+from kdzoo.cache import cached_folder, cached_path
+from kdzoo.data.collate import Example, build_examples
+from kdzoo.data.rows import Row, load_rows
+from kdzoo.engine import distributed
+from kdzoo.engine.close import release
+from kdzoo.engine.distributed import barrier, from_rank_0, rank, world
+from kdzoo.engine.frozen import FrozenModel
+from kdzoo.errors import ModelError
+from kdzoo.evaluate import ModelScores
+from kdzoo.evaluate.scoring import Answer, Scored, copied_input, read_gold, score_model
+from kdzoo.plugin.registry import load_plugins
+from kdzoo.recipe.load import LoadedRecipe
+from kdzoo.run.card import write_model_card
+from kdzoo.run.export import save_model
+from kdzoo.run.folder import RunFolder
+from kdzoo.run.progress import StageProgress, print_scores, say, stage_progress
+from kdzoo.run.session import Party, Session, corpus, encoding_key, experts, open_session, rows_fingerprint
+from kdzoo.run.stages import (
+    LOOKED_AT,
+    Ground,
+    artefact_stage,
+    make_artefact,
+    open_frozen,
+    single_model,
+    stage_losses,
+    train_stage,
+)
+
+Sets = Mapping[str, Sequence[Row]]
+
+
+def run_recipe(loaded: LoadedRecipe, out: Path | None) -> None:
+    """Every stage of the recipe on this rank, and the run folder on rank 0."""
+    device = distributed.start()
+    folder = RunFolder.create(loaded.recipe.title, out) if rank() == 0 else None
+    path = Path(from_rank_0(str(folder.path) if folder is not None else ""))
+    try:
+        session = open_session(loaded.recipe, load_plugins(loaded.plugin_files), device)
+        run = Run(session, loaded, folder, path)
+        run.read_everything()
+        if folder is not None:
+            folder.write_recipe(loaded.resolved)
+            folder.write_environment({"ranks": world(), "device_of_rank_0": str(device)})
+        run.all_stages()
+    except BaseException:
+        if folder is not None:
+            folder.discard_if_unused()
+        raise
+
+
+class Run:
+    """One run on one rank. `folder` is there on rank 0 alone; `path` is the same everywhere."""
+
+    def __init__(self, session: Session, loaded: LoadedRecipe, folder: RunFolder | None, path: Path) -> None:
+        self.session = session
+        self.loaded = loaded
+        self.recipe = loaded.recipe
+        self.folder = folder
+        self.path = path
+        self.scores: dict[str, dict[str, ModelScores]] = {}
+
+    def read_everything(self) -> None:
+        """All rows, tokenised: what is wrong with the data is told before anything is trained."""
+        session, recipe = self.session, self.recipe
+        self.sets: Sets = {n: load_rows(s, f"evaluation.sets.{n}") for n, s in recipe.evaluation.sets.items()}
+        for name, rows in self.sets.items():
+            for party in (session.student, session.teacher):
+                build_examples(rows, None, party.encoder, None, False, f"evaluation.sets.{name}")
+        for name, stage in recipe.stages.items():
+            if stage.data is not None and name != "distill":
+                load_rows(stage.data, f"stages.{name}.data")
+        if recipe.data.held_out is not None:
+            load_rows(recipe.data.held_out, "data.held_out")
+        own = recipe.stages["distill"].data
+        address = "data.train" if own is None else "stages.distill.data"
+        source = own or recipe.data.train
+        self.rows = corpus(session, source, address, student=session.student, teacher=session.teacher)
+        for name in ("teacher", "sft"):
+            if name in recipe.stages:
+                stage_losses(session, name, recipe.stages[name])
+        for needs in session.needs(recipe.losses).values():
+            for name in needs.artefacts:
+                artefact_stage(session, name)
+        self.say_alignment(self.rows.examples)
+        if (count := experts(session)) and not recipe.fuse:
+            self.say(f"teacher: a mixture of {count} experts; its own output is used, no fusion of experts")
+
+    def all_stages(self) -> None:
+        session, stages = self.session, self.recipe.stages
+        teacher_folder, teacher_key = session.teacher.model.folder, session.teacher.model.fingerprint
+        if "teacher" in stages:
+            teacher_folder = single_model(
+                session, "teacher", stages["teacher"], session.teacher, teacher_folder, self.log
+            )
+            teacher_key = teacher_folder.name
+            session.place_student(teacher_folder)
+        untrained, sft = session.student.model.folder, None
+        if "sft" in stages:
+            sft = single_model(session, "sft", stages["sft"], session.student, untrained, self.log)
+
+        self.distill(teacher_folder, teacher_key, untrained)
+
+        for name, found in self.sets.items():
+            self.keep(name, "copy of the input", copied_input(found, self.recipe.evaluation.decoding))
+        self.evaluate("teacher", teacher_folder, session.teacher, teacher_key)
+        self.evaluate("untrained student", untrained, session.student, session.student.model.fingerprint)
+        if sft is not None:
+            self.evaluate("student, data alone", sft, session.student, sft.name)
+        self.evaluate("student", self.path / "student", session.student, None)
+        self.finish()
+
+    def distill(self, teacher_folder: Path, teacher_key: str, untrained: Path) -> None:
+        """The stage that all this is for: teacher and student together; leaves the trained student's folder."""
+        session = self.session
+        teacher = open_frozen(session, teacher_folder, always_sharded=True)
+        self.judge_teacher(teacher)
+        artefacts = {
+            slot: {
+                name: make_artefact(session, name, insists, teacher, teacher_key, self.log).state
+                for name, insists in needs.artefacts.items()
+            }
+            for slot, needs in session.needs(self.recipe.losses).items()
+        }
+        ground = Ground(session.student, untrained, teacher, self.rows, artefacts)
+        stage = self.recipe.stages["distill"]
+        engine, _ = train_stage(
+            session, "distill", stage, self.recipe.losses, ground, self.log, self.path / "checkpoints"
+        )
+        state = engine.state("student.")
+        if rank() == 0:
+            save_model(self.path / "student", untrained, session.student.encoder.tokenizer, state)
+        engine.close()
+        teacher.close()
+        del engine, teacher, ground, state
+        release()
+        barrier()
+
+    def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        if self.folder is not None:
+            self.folder.log_step({"step": step, **metrics}, stage)
+            self.session.registry.hook.step_logged(step=step, metrics=metrics, folder=self.path)
+
+    def say(self, text: str) -> None:
+        say(text, enabled=rank() == 0)
+
+    def say_alignment(self, examples: Sequence[Example]) -> None:
+        if self.session.same_tokens:
+            self.say(f"{len(examples)} training rows; teacher and student share one tokenizer")
+            return
+        aligned = sum(end - start for e in examples if e.alignment for start, end, _, _ in e.alignment.spans)
+        tokens = sum(len(e.student.ends) for e in examples if e.student)
+        self.say(
+            f"{len(examples)} training rows; two tokenizers, {aligned / tokens:.1%} of the student's response tokens "
+            f"lie in aligned spans ('{self.recipe.align.use}')"
+        )
+
+    def judge_teacher(self, teacher: FrozenModel) -> None:
+        """How much of the gold text the teacher itself would not say; refuse one that knows nothing."""
+        rows = self.rows.rows[: min(LOOKED_AT, self.recipe.evaluation.batch * 8)]
+        encoder = self.session.teacher.encoder
+        entropy, accuracy = read_gold(teacher, encoder, rows, self.recipe.evaluation.batch, "data.train")
+        if not entropy < math.log(teacher.facts.vocabulary):
+            trained = "teacher" in self.recipe.stages
+            address, advice = (
+                ("stages.teacher", "train it longer, or at another rate")
+                if trained
+                else ("teacher", "is it the right folder, with its weights?")
+            )
+            raise ModelError(
+                f"{address}: the teacher's cross-entropy on the training rows is {entropy:.2f} nats per token, no "
+                f"better than a uniform guess ({math.log(teacher.facts.vocabulary):.2f}); {advice}"
+            )
+        self.scores["train"] = {"teacher": ModelScores(rouge_l={}, cross_entropy=entropy, token_accuracy=accuracy)}
+        self.say(f"teacher: wrong on {1 - accuracy:.1%} of the response tokens of the training rows")
+
+    def evaluate(self, name: str, model_folder: Path, party: Party, key: str | None) -> None:
+        """Score one model on every set; with a `key` (what the model was made from) scores are kept in the cache."""
+        missing = []
+        for set_name, rows in self.sets.items():
+            path = cached_path("scores", self.score_key(rows, party, key)) / "scored.json"
+            if key is not None and from_rank_0(path.exists()):
+                found = json.loads(path.read_text())
+                answers = {
+                    decoding: [Answer(**answer) for answer in kept] for decoding, kept in found["answers"].items()
+                }
+                self.keep(set_name, name, Scored(found["scores"], answers))
+            else:
+                missing.append(set_name)
+        if not missing:
+            return
+        evaluation = self.recipe.evaluation
+        runs = sum(len(d.seeds) if d.sample else 1 for d in evaluation.decoding.values())
+        total = runs * sum(-(-len(self.sets[set_name]) // world()) for set_name in missing)
+        model = open_frozen(self.session, model_folder, always_sharded=False)
+        with stage_progress(f"evaluate {name}", total, enabled=rank() == 0) as bar:
+            before = 0
+            for set_name in missing:
+                rows = self.sets[set_name]
+                address = f"evaluation.sets.{set_name}"
+                scored = score_model(model, party.encoder, rows, evaluation, address, partial(_advance, bar, before))
+                before += runs * -(-len(rows) // world())
+                self.keep(set_name, name, scored)
+                if key is not None and rank() == 0:
+                    keep_scored(self.score_key(rows, party, key), scored)
+        model.close()
+        del model
+        release()
+        barrier()
+
+    def score_key(self, rows: Sequence[Row], party: Party, key: str | None) -> dict[str, Any]:
+        """What the scores of a model on a set depend on."""
+        return {
+            "kdzoo": kdzoo.__version__,
+            "model": key,
+            "rows": rows_fingerprint(rows),
+            "encoding": encoding_key(self.session, party),
+            "evaluation": self.recipe.evaluation.model_dump(mode="json", exclude={"sets"}),
+            "precision": self.recipe.precision,
+        }
+
+    def keep(self, set_name: str, model: str, scored: Scored) -> None:
+        self.scores.setdefault(set_name, {})[model] = scored.scores
+        if self.folder is not None:
+            for decoding, answers in scored.answers.items():
+                self.folder.write_predictions(set_name, model, decoding, answers)
+
+    def finish(self) -> None:
+        if self.folder is None:
+            return
+        ordered = {name: self.scores[name] for name in ("train", *self.sets) if name in self.scores}
+        self.folder.write_scores(ordered)
+        registry = self.session.registry
+        losses = [
+            (name, slot.use, registry.losses[slot.use].paper, registry.losses[slot.use].formula, slot.weight)
+            for name, slot in self.recipe.losses.items()
+        ]
+        train = self.recipe.stages["distill"].data or self.recipe.data.train
+        write_model_card(
+            self.folder.student,
+            self.recipe.title,
+            self.session.student.model.description,
+            losses,
+            self.loaded.path.name,
+            ordered,
+            teacher=self.session.teacher.model.description,
+            data=f"{len(self.rows.rows)} rows of '{train.lab or train.jsonl or train.dataset}'",
+            base_model=self.recipe.student.name,
+        )
+        print_scores(ordered)
+        self.say(f"run folder: {self.path}")
+
+
+def keep_scored(content: Mapping[str, Any], scored: Scored) -> None:
+    """Into the cache, for `Run.evaluate` to find."""
+    answers = {decoding: [asdict(answer) for answer in found] for decoding, found in scored.answers.items()}
+
+    def build(out: Path) -> None:
+        text = json.dumps({"scores": scored.scores, "answers": answers}, ensure_ascii=False)
+        (out / "scored.json").write_text(text, encoding="utf-8")
+
+    cached_folder("scores", content, build)
+
+
+def _advance(bar: StageProgress, before: int, done: int) -> None:
+    bar.update(before + done)

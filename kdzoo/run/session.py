@@ -1,0 +1,228 @@
+"""What all stages of a run share: models as folders, tokenizers, plugins, data; made once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kdzoo.data.collate import Example, build_examples, collate
+from kdzoo.data.encode import Encoder
+from kdzoo.data.rows import Row, load_rows
+from kdzoo.data.tokenizer import load_tokenizer, same_tokens, tokens_fingerprint
+from kdzoo.engine.config import check_zero
+from kdzoo.engine.distributed import rank_0_first
+from kdzoo.engine.frozen import model_facts
+from kdzoo.engine.loading import DTYPES
+from kdzoo.errors import ModelError, RecipeError
+from kdzoo.evaluate.generation import require_positions
+from kdzoo.models.source import LocalModel, resolve_model
+from kdzoo.plugin.contracts import Aligner, ModelFacts, Models, Needs
+from kdzoo.plugin.registry import Registry
+from kdzoo.recipe.model import LossSlot, Recipe, Source
+from kdzoo.run.loop import Collate
+from kdzoo.step.vocabulary import Slot
+
+Artefacts = Mapping[str, Mapping[str, torch.Tensor]]
+"""Artefact stage -> the state of the module it has trained."""
+
+
+@dataclass(frozen=True)
+class Party:
+    """One model of the run: where its weights and its tokenizer are."""
+
+    model: LocalModel
+    encoder: Encoder
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.encoder.tokenizer.pad_token_id)
+
+
+@dataclass
+class Session:
+    """The run's fixed ground."""
+
+    recipe: Recipe
+    registry: Registry
+    device: torch.device
+    teacher: Party
+    student: Party
+    same_tokens: bool
+    aligner: Aligner
+
+    def place_student(self, teacher_folder: Path) -> None:
+        """A student that is cut from its teacher is cut from the trained one."""
+        if self.recipe.student.layers is not None:
+            with rank_0_first():
+                model = resolve_model(
+                    self.recipe.student,
+                    "student",
+                    teacher_folder=teacher_folder,
+                    anatomies=self.registry.anatomies,
+                    address="student",
+                )
+            self.student = Party(model, self.student.encoder)
+
+    def slots(
+        self,
+        losses: Mapping[str, LossSlot],
+        models: Models,
+        artefacts: Mapping[str, Artefacts],
+        seed: int,
+    ) -> list[Slot]:
+        """The losses of a stage with their artefacts by slot, initialised from `seed` (the same on every rank)."""
+        torch.manual_seed(seed)
+        slots = []
+        for name, slot in losses.items():
+            loss = self.registry.losses[slot.use]
+            params = loss.Params.model_validate(slot.params)
+            needs = loss.needs(params, models.same_tokens)
+            made = loss(params, models, artefacts.get(name, {})).to(DTYPES[self.recipe.precision])
+            slots.append(Slot(name, made, needs))
+        return slots
+
+    def needs(self, losses: Mapping[str, LossSlot]) -> dict[str, Needs]:
+        return {
+            name: (loss := self.registry.losses[slot.use]).needs(
+                loss.Params.model_validate(slot.params), self.same_tokens
+            )
+            for name, slot in losses.items()
+        }
+
+
+def open_session(recipe: Recipe, registry: Registry, device: torch.device) -> Session:
+    """Find or build both models' folders and load their tokenizers; everything that can be wrong with them is told."""
+    check_zero(recipe)
+    if recipe.fuse:
+        raise RecipeError("fuse: no stage runs a fusion in this version; set it to null")
+    with rank_0_first():
+        teacher = resolve_model(
+            recipe.teacher, "teacher", teacher_folder=None, anatomies=registry.anatomies, address="teacher"
+        )
+        student = resolve_model(
+            recipe.student,
+            "student",
+            teacher_folder=teacher.folder,
+            anatomies=registry.anatomies,
+            address="student",
+        )
+    parties = {
+        name: Party(model, Encoder(load_tokenizer(model.tokenizer, f"{name}.tokenizer"), recipe.data))
+        for name, model in (("teacher", teacher), ("student", student))
+    }
+    aligner = registry.aligners[recipe.align.use]
+    session = Session(
+        recipe,
+        registry,
+        device,
+        parties["teacher"],
+        parties["student"],
+        same_tokens(parties["teacher"].encoder.tokenizer, parties["student"].encoder.tokenizer),
+        aligner(aligner.Params.model_validate(recipe.align.params)),
+    )
+    check_tokenizers(session, recipe.losses)
+    for name, party in parties.items():
+        config = AutoConfig.from_pretrained(party.model.folder)
+        if config.model_type not in registry.anatomies:
+            raise ModelError(
+                f"{name}: no installed anatomy knows the family '{config.model_type}'; known are "
+                f"{', '.join(sorted(registry.anatomies))}; a plugin can add one"
+            )
+        if recipe.evaluation.sets:
+            require_positions(config, recipe.data.max_prompt_length, recipe.evaluation.max_new_tokens)
+    return session
+
+
+def experts(session: Session) -> int:
+    """How many experts a block of the teacher has; 0 where it is no mixture."""
+    config = AutoConfig.from_pretrained(session.teacher.model.folder)
+    return session.registry.anatomies[config.model_type].experts(config)
+
+
+def check_tokenizers(session: Session, losses: Mapping[str, LossSlot]) -> None:
+    """Refuse a loss for one tokenizer where the pair has two."""
+    for name, needs in session.needs(losses).items():
+        if needs.tokenizers == "same" and not session.same_tokens:
+            ours, theirs = (
+                source.tokenizer or source.name or "its own"
+                for source in (session.recipe.student, session.recipe.teacher)
+            )
+            raise RecipeError(
+                f"losses.{name}: '{losses[name].use}' compares two models token by token and needs one tokenizer, "
+                f"but the student has '{ours}' and the teacher '{theirs}'; take a pair with one, or another loss"
+            )
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Rows of one source, tokenised for the models of a stage."""
+
+    rows: Sequence[Row]
+    examples: Sequence[Example]
+    fingerprint: str
+    collate: Collate
+
+
+def corpus(
+    session: Session,
+    source: Source,
+    address: str,
+    *,
+    student: Party | None,
+    teacher: Party | None,
+    rows: str = "response",
+) -> Corpus:
+    """`student` and `teacher` are the parties whose tokens are wanted."""
+    found = load_rows(source, address)
+    same = session.same_tokens and student is not None and teacher is not None
+    examples = build_examples(
+        found,
+        None if student is None else student.encoder,
+        None if teacher is None else teacher.encoder,
+        session.aligner,
+        same,
+        address,
+    )
+    batch = partial(
+        collate,
+        same_tokens=same,
+        rows=rows,  # type: ignore[arg-type]
+        pad_id_student=None if student is None else student.pad_id,
+        pad_id_teacher=None if teacher is None else teacher.pad_id,
+    )
+    return Corpus(found, examples, rows_fingerprint(found), lambda indices: batch([examples[i] for i in indices]))
+
+
+def rows_fingerprint(rows: Sequence[Row]) -> str:
+    """A hash of what the rows say."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.instruction, row.input, row.references], ensure_ascii=False).encode())
+    return digest.hexdigest()[:20]
+
+
+def encoding_key(session: Session, *parties: Party) -> dict[str, Any]:
+    """What decides how rows become tokens."""
+    data = session.recipe.data
+    return {
+        "template": data.template.model_dump(),
+        "max_length": data.max_length,
+        "max_prompt_length": data.max_prompt_length,
+        "tokenizers": [tokens_fingerprint(party.encoder.tokenizer) for party in parties],
+    }
+
+
+def sizes(folder: Path, session: Session) -> ModelFacts:
+    """Sizes of the model in `folder`, from its configuration alone."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return model_facts(model, session.registry.anatomies[config.model_type])

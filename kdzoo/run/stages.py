@@ -1,0 +1,225 @@
+"""The stages of a run: each is the one loop with its own models, losses and rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import kdzoo
+from kdzoo.cache import cached_folder, cached_path
+from kdzoo.data.schedule import StepPlan, plan
+from kdzoo.engine.close import release
+from kdzoo.engine.config import engine_config, frozen_config
+from kdzoo.engine.distributed import barrier, from_rank_0, rank, world
+from kdzoo.engine.frozen import FrozenModel
+from kdzoo.engine.loading import load_model
+from kdzoo.engine.student import StudentEngine, build_distiller
+from kdzoo.errors import RecipeError
+from kdzoo.plugin.contracts import Models
+from kdzoo.recipe.model import LossSlot, Stage
+from kdzoo.run.export import save_model
+from kdzoo.run.loop import measure, train
+from kdzoo.run.progress import say, stage_progress
+from kdzoo.run.session import Artefacts, Corpus, Party, Session, corpus, encoding_key, sizes
+
+StepLog = Callable[[str, int, dict[str, float]], None]
+"""(stage, step, metrics) of every optimizer step."""
+
+
+LOOKED_AT = 256
+"""Training rows, at most, that a trained artefact or the teacher is measured on."""
+
+
+@dataclass
+class Ground:
+    """What a stage stands on: whose student side, which teacher, which rows."""
+
+    student: Party | None
+    student_folder: Path | None
+    teacher: FrozenModel | None
+    rows: Corpus
+    artefacts: Mapping[str, Artefacts]
+    """By slot."""
+
+
+def train_stage(
+    session: Session,
+    name: str,
+    stage: Stage,
+    losses: Mapping[str, LossSlot],
+    ground: Ground,
+    log: StepLog,
+    checkpoints: Path | None = None,
+) -> tuple[StudentEngine, StepPlan]:
+    """Run one stage to its end; the caller takes what it wants from the engine and closes it."""
+    recipe = session.recipe
+    address = f"stages.{name}"
+    seed = recipe.seed if stage.seed is None else stage.seed
+    schedule = plan(len(ground.rows.examples), stage, rank(), world(), seed, address)
+    config = engine_config(recipe, stage, schedule.micro_batch, schedule.accumulation)
+    module = anatomy = None
+    if ground.student is not None:
+        assert ground.student_folder is not None
+        module = load_model(ground.student_folder, recipe.precision, config, session.device)
+        anatomy = session.registry.anatomies[module.config.model_type]
+        if recipe.student.gradient_checkpointing and ground.student is session.student:
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    models = Models(
+        teacher=None if ground.teacher is None else ground.teacher.facts,
+        student=None if ground.student_folder is None else sizes(ground.student_folder, session),
+        same_tokens=session.same_tokens,
+    )
+    slots = session.slots(losses, models, ground.artefacts, seed)
+    distiller = build_distiller(module, anatomy, slots)
+    engine = StudentEngine(distiller, ground.teacher, stage, losses, schedule.steps, config, session.device)
+    with stage_progress(name, schedule.steps, enabled=rank() == 0) as bar:
+
+        def logged(step: int, metrics: dict[str, float]) -> None:
+            log(name, step, metrics)  # before it is shown: what was seen is on disk
+            bar.update(step, metrics["loss"], metrics["rows_per_second"])
+            due = stage.checkpoint_every is not None and step % stage.checkpoint_every == 0
+            if checkpoints is not None and (due or step == schedule.steps):
+                engine.save_checkpoint(checkpoints, step)
+
+        train(engine, schedule, ground.rows.collate, logged)
+    return engine, schedule
+
+
+def stage_losses(session: Session, name: str, stage: Stage) -> dict[str, LossSlot]:
+    """The terms of a stage that trains one model alone; one that reads a teacher is refused."""
+    if not stage.losses:
+        raise RecipeError(f"stages.{name}: has no 'losses'; say what it trains on")
+    for slot_name, needs in session.needs(stage.losses).items():
+        reads = needs.teacher or needs.facts or any("teacher" in v.streams or v.facts for v in needs.visits)
+        if reads:
+            raise RecipeError(
+                f"stages.{name}.losses.{slot_name}: '{stage.losses[slot_name].use}' reads a teacher; there is none here"
+            )
+    return dict(stage.losses)
+
+
+def single_model(session: Session, name: str, stage: Stage, party: Party, folder: Path, log: StepLog) -> Path:
+    """One model trained on data alone (`teacher`, `sft`): its folder, from the cache if it is there."""
+    losses = stage_losses(session, name, stage)
+    source = stage.data or session.recipe.data.train
+    rows = corpus(session, source, f"stages.{name}.data" if stage.data else "data.train", student=party, teacher=None)
+    content = {
+        "model": party.model.fingerprint,
+        "rows": rows.fingerprint,
+        **common_key(session, stage, losses, party),
+    }
+    target = cached_path(name, content)
+    if from_rank_0(target.exists()):
+        say(f"{name}: trained before, found in the cache ({target})", enabled=rank() == 0)
+        return target
+    engine, _ = train_stage(session, name, stage, losses, Ground(party, folder, None, rows, {}), log)
+    state = engine.state("student.")
+    if rank() == 0:
+        cached_folder(name, content, lambda out: save_model(out, folder, party.encoder.tokenizer, state))
+    engine.close()
+    del engine
+    release()
+    barrier()
+    return target
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """What a stage that runs the teacher alone has made."""
+
+    state: Mapping[str, Tensor]
+    report: Mapping[str, Mapping[str, float]]
+    """"train", "held_out" -> terms and watched values after training."""
+
+
+def artefact_stage(session: Session, name: str) -> tuple[Stage, str]:
+    """The stage that makes an artefact, and the plugin that it trains; one that a loss needs must be there."""
+    stage = session.recipe.stages.get(name)
+    if stage is None or stage.use is None:
+        raise RecipeError(
+            f"stages.{name}: a loss needs this stage's module, and the recipe has no such stage; add it, or take the "
+            "loss away"
+        )
+    return stage, stage.use
+
+
+def make_artefact(
+    session: Session, name: str, insists: Mapping[str, Any], teacher: FrozenModel, teacher_key: str, log: StepLog
+) -> Artefact:
+    """The trained module of an artefact stage, from the cache if it is there.
+
+    `insists`: the parameters that a loss fixes; they go before the stage's own.
+    """
+    stage, use = artefact_stage(session, name)
+    losses = {name: LossSlot(use=use, params={**stage.params, **insists})}
+    needs = session.needs(losses)[name]
+    address = f"stages.{name}.data" if stage.data else "data.train"
+    source = stage.data or session.recipe.data.train
+    rows = corpus(session, source, address, student=None, teacher=session.teacher, rows=needs.rows)
+    content = {"teacher": teacher_key, "rows": rows.fingerprint, **common_key(session, stage, losses, session.teacher)}
+    held_out = session.recipe.data.held_out
+    if held_out is not None:
+        held = corpus(session, held_out, "data.held_out", student=None, teacher=session.teacher, rows=needs.rows)
+        content["held_out"] = held.fingerprint
+    target = cached_path("artefacts", content)
+    found = from_rank_0(target.exists())
+    if not found:
+        engine, schedule = train_stage(session, name, stage, losses, Ground(None, None, teacher, rows, {}), log)
+        looked_at = min(LOOKED_AT, len(rows.examples), *([] if held_out is None else [len(held.examples)]))
+        report = {"train": measure(engine, _dealt(looked_at, schedule), rows.collate)}
+        if held_out is not None:
+            report["held_out"] = measure(engine, _dealt(len(held.examples), schedule), held.collate)
+        state = engine.state(f"losses.{name}.")
+        if rank() == 0:
+
+            def build(out: Path) -> None:
+                save_file(dict(state), out / "state.safetensors")
+                (out / "report.json").write_text(json.dumps(report, indent=2))
+
+            cached_folder("artefacts", content, build)
+        engine.close()
+        del engine
+        release()
+        barrier()
+    artefact = Artefact(load_file(target / "state.safetensors"), json.loads((target / "report.json").read_text()))
+    for split, values in artefact.report.items():
+        told = ", ".join(f"{key.partition('/')[2].replace('_', ' ')} {value:.3f}" for key, value in values.items())
+        where = "held-out rows" if split == "held_out" else "training rows"
+        say(f"{name}: on {where} {told}{' (cached)' if found else ''}", enabled=rank() == 0)
+    return artefact
+
+
+def _dealt(count: int, schedule: StepPlan) -> list[list[int]]:
+    """The first `count` rows dealt out to this rank in micro-batches, as many on every rank."""
+    stride = schedule.micro_batch * world()
+    starts = range(rank() * schedule.micro_batch, -(-count // stride) * stride, stride)
+    return [list(range(start, min(start + schedule.micro_batch, count))) for start in starts]
+
+
+def common_key(session: Session, stage: Stage, losses: Mapping[str, LossSlot], party: Party) -> dict[str, Any]:
+    """What a trained thing depends on beside its model and rows. How the work was sharded is no part of it."""
+    return {
+        "kdzoo": kdzoo.__version__,
+        "stage": stage.model_dump(
+            mode="json", exclude={"deepspeed", "micro_batch", "checkpoint_every", "data", "losses", "use", "params"}
+        ),
+        "losses": {name: slot.model_dump(mode="json") for name, slot in losses.items()},
+        "seed": session.recipe.seed if stage.seed is None else stage.seed,
+        "precision": session.recipe.precision,
+        "encoding": encoding_key(session, party),
+    }
+
+
+def open_frozen(session: Session, folder: Path, always_sharded: bool) -> FrozenModel:
+    """A model that only runs. Sharded as `distill` is; on a single rank, evaluation reads it plainly: it is whole there
+    anyway."""
+    config = frozen_config(session.recipe, session.recipe.stages["distill"])
+    if not always_sharded and world() == 1:
+        config = {**config, "zero_optimization": {"stage": 0}}
+    return FrozenModel(folder, session.registry.anatomies, session.recipe.precision, config, session.device)
