@@ -51,6 +51,9 @@ def training_on(path: Path) -> list[str]:
     return ["--set", "data.train.lab=null", "--set", f"data.train.jsonl={path}"]
 
 
+SILENT = {"instruction": "Add.", "input": "", "output": ""}
+"""A row without a response."""
+
 BEFORE_ANY_RANK = {
     "an unknown key": (lambda _: ["--set", "losses.dskd.wieght=1"], "losses.dskd.wieght: unknown key, did you mean"),
     "a misspelt plugin": (lambda _: ["--set", "losses.dskd.use=dsdk"], "no plugin offers 'dsdk', did you mean 'dskd'?"),
@@ -88,7 +91,7 @@ ON_THE_RANKS = {
     "a missing file": (lambda tmp: training_on(tmp / "none.jsonl"), "data.train: "),
     "an empty data set": (lambda tmp: training_on(rows(tmp / "rows.jsonl")), "has no rows"),
     "rows without response tokens": (
-        lambda tmp: training_on(rows(tmp / "rows.jsonl", {"instruction": "Add.", "input": "", "output": ""})),
+        lambda tmp: training_on(rows(tmp / "rows.jsonl", SILENT)),
         "data.train: 1 row has no response token",
     ),
     "two tokenizers for a loss that needs one": (
@@ -102,7 +105,7 @@ ON_THE_RANKS = {
     "an evaluation row without a response": (
         lambda tmp: [
             *("--set", "evaluation.sets.seen.lab=null", "--set"),
-            f"evaluation.sets.seen.jsonl={rows(tmp / 'rows.jsonl', {'instruction': 'Add.', 'input': '', 'output': ''})}",
+            f"evaluation.sets.seen.jsonl={rows(tmp / 'rows.jsonl', SILENT)}",
         ],
         "evaluation.sets.seen: 1 row has no response token",
     ),
