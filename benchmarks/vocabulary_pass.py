@@ -37,8 +37,8 @@ def inputs(rows: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, nn.P
     return (
         torch.randn(rows, STUDENT),
         torch.randn(rows, TEACHER),
-        nn.Parameter(torch.randn(vocabulary, STUDENT) * 0.02),
-        nn.Parameter(torch.randn(vocabulary, TEACHER) * 0.02, requires_grad=False),
+        nn.Parameter(torch.randn(vocabulary, STUDENT).mul_(0.02)),
+        nn.Parameter(torch.randn(vocabulary, TEACHER).mul_(0.02), requires_grad=False),
         torch.randint(vocabulary, (rows,)),
     )
 
