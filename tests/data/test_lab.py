@@ -15,8 +15,11 @@ from kdzoo.data.lab import lab_rows, lab_splits, lab_tokenizer
 from kdzoo.data.lab.rows import SPLITS
 from kdzoo.data.lab.tasks import TASKS
 from kdzoo.data.lab.words import SEEN, UNSEEN
+from kdzoo.data.rows import load_rows
 from kdzoo.errors import DataError, ModelError
+from kdzoo.evaluate.scoring import copied_input
 from kdzoo.recipe.load import load_recipe
+from kdzoo.recipe.model import Source
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 LAB_RECIPES = ["sft", "forward_kl", "dskd", "residual", "dskd_plus_residual"]
@@ -52,7 +55,7 @@ class TestRows:
 
     def test_are_these_and_no_others_on_every_machine(self):
         content = json.dumps([lab_rows(split, 300) for split in lab_splits()])
-        assert hashlib.sha256(content.encode()).hexdigest()[:16] == "443020a97809cd6b"
+        assert hashlib.sha256(content.encode()).hexdigest()[:16] == "33e254af7f0d514f"
 
     def test_are_the_first_ones_where_limited(self):
         assert lab_rows("train", 7) == lab_rows("train")[:7]
@@ -94,6 +97,11 @@ class TestRows:
         assert len(new & words("eval_phrasing")) > 0.5 * len(new)
         for task in TASKS:
             assert not set(task.questions) & set(task.new_questions)
+
+    @pytest.mark.parametrize("split", ["eval_seen", "eval_longer", "eval_phrasing"])
+    def test_are_not_answered_by_a_copy_of_the_input(self, split):
+        rows = load_rows(Source(lab=split), "x")
+        assert copied_input(rows, ["greedy"]).scores["rouge_l"]["greedy"]["mean"] < 18
 
     def test_of_an_unknown_split_are_refused_with_the_nearest_name(self):
         with pytest.raises(DataError, match=r"lab split 'trian'.*did you mean 'train'"):

@@ -2,6 +2,8 @@
 
 A task draws the slots of one instance; its questions and answers are texts with `{slots}` and `[one|another]`
 alternatives. A question without `{shown}` puts the shown text into the row's input.
+
+No answer repeats the shown text or a long run of it: a copy of the input would score a Rouge-L that says nothing.
 """
 
 from __future__ import annotations
@@ -66,16 +68,16 @@ def _some_things(draw: Draw, world: World) -> list[str]:
 
 def sort_words(draw: Draw, world: World) -> Slots:
     items = _some_things(draw, world)
-    return {"shown": ", ".join(items), "result": listed(draw, sorted(items))}
+    return {"shown": ", ".join(items), "first": named(draw, min(items)), "last": named(draw, max(items))}
 
 
 def sort_numbers(draw: Draw, world: World) -> Slots:
-    numbers = draw.some(range(10, 100), draw.between(*world.items))
+    numbers = draw.some(range(len(NUMBERS)), draw.between(*world.items))
     down = bool(draw.below(2))
     return {
         "shown": ", ".join(map(str, numbers)),
         "order": "largest to smallest" if down else "smallest to largest",
-        "result": listed(draw, [str(number) for number in sorted(numbers, reverse=down)]),
+        "result": listed(draw, [NUMBERS[number] for number in sorted(numbers, reverse=down)]),
     }
 
 
@@ -87,22 +89,20 @@ def reverse(draw: Draw, world: World) -> Slots:
 def drop_word(draw: Draw, world: World) -> Slots:
     items = _some_things(draw, world)
     gone = draw.one(items)
+    left = [item for item in items if item != gone]
     return {
         "shown": ", ".join(items),
         "word": gone,
-        "result": listed(draw, [item for item in items if item != gone]),
+        "first": named(draw, left[0]),
+        "last": named(draw, left[-1]),
+        "count": NUMBERS[len(left)],
     }
 
 
 def replace_word(draw: Draw, world: World) -> Slots:
     *items, new = draw.some(world.words.things, draw.between(*world.items) + 1)
-    old = draw.one(items)
-    return {
-        "shown": ", ".join(items),
-        "word": old,
-        "new": new,
-        "result": listed(draw, [new if item == old else item for item in items]),
-    }
+    place = draw.below(len(items))
+    return {"shown": ", ".join(items), "word": items[place], "new": new, "place": ORDINALS[place]}
 
 
 def nth_word(draw: Draw, world: World) -> Slots:
@@ -137,7 +137,7 @@ def pick_kind(draw: Draw, world: World) -> Slots:
     present = [kind for kind, members in world.words.kinds.items() if any(item in members for item in items)]
     kind = draw.one(present)
     picked = [item for item in items if item in world.words.kinds[kind]]
-    return {"shown": ", ".join(items), "kind": kind, "result": listed(draw, picked)}
+    return {"shown": ", ".join(items), "kind": kind, "result": listed(draw, picked[::-1])}
 
 
 def next_number(draw: Draw, world: World) -> Slots:
@@ -175,7 +175,6 @@ def where_is(draw: Draw, world: World) -> Slots:
     ]
     return {
         "shown": ". ".join(facts) + ".",
-        "who": whos[asked],
         "what": whats[asked],
         "place": places[asked],
     }
@@ -222,32 +221,37 @@ def change_tense(draw: Draw, world: World) -> Slots:
     past = bool(draw.below(2))
     return {
         "shown": f"{who} {verb.present} {rest}.",
+        "who": who,
         "tense": "past" if past else "future",
-        "result": f"{who} {verb.past if past else 'will ' + verb.base} {rest}",
+        "does": verb.past if past else f"will {verb.base}",
+        "is": "was" if past else "will be",
+        "when": "yesterday" if past else "tomorrow",
     }
 
 
 def negate(draw: Draw, world: World) -> Slots:
     words = world.words
-    who, verb = draw.one(words.names), draw.one(words.verbs)
-    rest = f"the {draw.one(words.objects)} near the {draw.one(words.places)}"
-    return {"shown": f"{who} {verb.present} {rest}.", "who": who, "verb": verb.base, "rest": rest}
+    who, verb, what = draw.one(words.names), draw.one(words.verbs), draw.one(words.objects)
+    shown = f"{who} {verb.present} the {what} near the {draw.one(words.places)}."
+    return {"shown": shown, "who": who, "verb": verb.base, "done": verb.participle, "what": what}
 
 
 def be_polite(draw: Draw, world: World) -> Slots:
     words = world.words
-    order = f"{draw.one(words.verbs).base} the {draw.one(words.colours)} {draw.one(words.objects)}"
-    return {"shown": f"{order.capitalize()}, {draw.one(words.names)}!", "order": order}
+    who, verb, what = draw.one(words.names), draw.one(words.verbs).base, draw.one(words.objects)
+    shown = f"{verb.capitalize()} the {draw.one(words.colours)} {what}, {who}!"
+    return {"shown": shown, "who": who, "verb": verb, "what": what}
 
 
 def make_plural(draw: Draw, world: World) -> Slots:
     words = world.words
     colour, what, place = draw.one(words.colours), draw.one(words.objects), draw.one(words.places)
-    many = NUMBERS[draw.between(2, 9)]
     return {
         "shown": f"one {colour} {what} in the {place}",
-        "many": many,
-        "result": f"{many} {colour} {what}s in the {place}",
+        "many": NUMBERS[draw.between(2, 9)],
+        "colour": colour,
+        "what": f"{what}s",
+        "place": place,
     }
 
 
@@ -266,13 +270,14 @@ def join_facts(draw: Draw, world: World) -> Slots:
         "shown": f"{first} drinks {what} in the {place}. {second} drinks {what} in the {place}.",
         "first": first,
         "second": second,
-        "rest": f"drink {what} in the {place}",
+        "what": what,
+        "place": place,
     }
 
 
 def swap_ends(draw: Draw, world: World) -> Slots:
-    first, *middle, last = _some_things(draw, world)
-    return {"shown": ", ".join([first, *middle, last]), "result": listed(draw, [last, *middle, first])}
+    items = _some_things(draw, world)
+    return {"shown": ", ".join(items), "first": named(draw, items[0]), "last": named(draw, items[-1])}
 
 
 def make_passive(draw: Draw, world: World) -> Slots:
@@ -303,9 +308,9 @@ def turn_gift(draw: Draw, world: World) -> Slots:
 
 def ask_back(draw: Draw, world: World) -> Slots:
     words = world.words
-    who, verb = draw.one(words.names), draw.one(words.verbs)
-    rest = f"the {draw.one(words.colours)} {draw.one(words.objects)} near the {draw.one(words.places)}"
-    return {"shown": f"{who} {verb.present} {rest}.", "who": who, "verb": verb.base, "rest": rest}
+    who, verb, what = draw.one(words.names), draw.one(words.verbs), draw.one(words.objects)
+    rest = f"the {draw.one(words.colours)} {what} near the {draw.one(words.places)}"
+    return {"shown": f"{who} {verb.present} {rest}.", "who": who, "verb": verb.base, "what": what}
 
 
 def change_place(draw: Draw, world: World) -> Slots:
@@ -332,36 +337,36 @@ TASKS: tuple[Task, ...] = (
         "sort_words",
         sort_words,
         (
-            "[Sort|Order|Arrange] [these|the] words by the alphabet: {shown}.",
-            "[Sort|Order|Arrange] the [given |]words from A to Z.",
-            "[Put|Bring] the words in alphabetical order: {shown}.",
+            "[Sort|Order|Arrange] [these|the] words by the alphabet and name the ends: {shown}.",
+            "[Sort|Order|Arrange] the [given |]words from A to Z and name the ends.",
+            "[Which|What] words are at the ends in alphabetical order: {shown}?",
         ),
         (
-            "[Put|Bring] [these|the] words in order by the alphabet: {shown}.",
-            "Order by the alphabet the given words.",
+            "[Put|Bring] [these|the] words in order by the alphabet and name the ends: {shown}.",
+            "Order by the alphabet the given words. Which are at the ends?",
         ),
         (
-            "[In order|Sorted|From A to Z][:| they are] {result}",
-            "The [right|sorted] order [is|of {shown} is] {result}",
-            "[Sorted|From A to Z], {shown} [becomes|gives] {result}",
+            "[It begins|They begin] with {first} and [it closes|they close] with {last}",
+            "{last} comes [last|after all others], {first} comes [first|before all others]",
+            "From {first}, [it goes|you get|they go] all the way to {last}",
         ),
     ),
     Task(
         "sort_numbers",
         sort_numbers,
         (
-            "[Sort|Order|Arrange] [these|the] numbers from {order}: {shown}.",
-            "[Sort|Order|Arrange] the [given |]numbers from {order}.",
+            "[Sort|Order|Arrange] [these|the] numbers from {order}, in words: {shown}.",
+            "[Sort|Order|Arrange] the [given |]numbers from {order}, in words.",
             "From {order}, how do you [sort|order] {shown}?",
         ),
         (
             "How do you [sort|order] the numbers {shown} from {order}?",
-            "From {order}, arrange the given numbers.",
+            "From {order}, arrange the given numbers in words.",
         ),
         (
             "[In order|Sorted][:| they are] {result}",
-            "The [right|sorted] order [is|of {shown} is] {result}",
-            "[Sorted|In order], {shown} [becomes|gives] {result}",
+            "The [right|sorted] order [is|must be] {result}",
+            "[Sorted|In order], [you get|this becomes|this gives] {result}",
         ),
     ),
     Task(
@@ -372,44 +377,50 @@ TASKS: tuple[Task, ...] = (
             "[Reverse|Turn around] the [given |]list.",
             "[Say|Write] the words backwards: {shown}.",
         ),
-        ("[Write|Say] this list backwards: {shown}.", "Turn the given words around."),
+        (
+            "[Write|Say] this list backwards: {shown}.",
+            "Turn the given words around.",
+        ),
         (
             "[Backwards|Reversed][:| it is] {result}",
-            "The [list|order] [is|of {shown} is] now {result}",
-            "[Backwards|Reversed], {shown} [becomes|gives] {result}",
+            "The [list|order] [is|reads] now {result}",
+            "[Backwards|Reversed], [you get|this becomes|this gives] {result}",
         ),
     ),
     Task(
         "drop_word",
         drop_word,
         (
-            "[Remove|Drop|Delete] {word} from this list: {shown}.",
-            "[Remove|Drop|Delete] the word {word}.",
-            "What is left of {shown} without {word}?",
+            "[Remove|Drop|Delete] {word} and name the new ends of the list: {shown}.",
+            "[Remove|Drop|Delete] the word {word} and name the new ends.",
+            "How many words and which ends has {shown} without {word}?",
         ),
-        ("From {shown}, [remove|drop|delete] the word {word}.", "What is left without {word}?"),
         (
-            "Without {word}[:| it is| there is] {result}",
-            "[What is left|The list][:| is] {result}",
-            "[If you drop|Without] {word}, {shown} [becomes|gives] {result}",
+            "From {shown}, [remove|drop|delete] the word {word} and name the ends.",
+            "How many words and which ends are left without {word}?",
+        ),
+        (
+            "{last} is [now |]the last of {count}, {first} is the first",
+            "There are {count} left: {last} comes last, {first} [is in front|comes first]",
+            "[It closes|You close] with {last} and [it begins|you begin] with {first}, {count} in all",
         ),
     ),
     Task(
         "replace_word",
         replace_word,
         (
-            "[Replace {word} with|Change {word} to] {new}: {shown}.",
-            "[Replace the word {word} with|Change the word {word} to] {new}.",
-            "Put {new} in place of {word}: {shown}.",
+            "[Replace {word} with|Change {word} to] {new} and say where it is: {shown}.",
+            "[Replace the word {word} with|Change the word {word} to] {new} and say where it is.",
+            "Put {new} in place of {word} and say where it is: {shown}.",
         ),
         (
-            "In the list {shown}, [replace {word} with|change {word} to] {new}.",
-            "Put the word {new} in place of {word}.",
+            "In the list {shown}, [replace {word} with|change {word} to] {new}. Where is it?",
+            "Put the word {new} in place of {word}. Where is it?",
         ),
         (
-            "With {new}[:| it is| there is] {result}",
-            "[The new list|The list][:| is] {result}",
-            "With {new}, {shown} [becomes|gives] {result}",
+            "The {place} [word|one] [is|becomes] {new}[, no longer {word}|]",
+            "{new} [now stands|stands now|comes] {place}, where {word} was before",
+            "[Counted from the start|From the left], {new} [is|comes] {place}",
         ),
     ),
     Task(
@@ -420,11 +431,14 @@ TASKS: tuple[Task, ...] = (
             "[Swap|Exchange] the two words at the ends.",
             "Let the first and the last word change places: {shown}.",
         ),
-        ("[Exchange|Swap] the words at the ends: {shown}.", "Let the two words at the ends change places."),
         (
-            "[The result|The new list][:| is] {result}",
-            "[You get|This gives][:| the list] {result}",
-            "[Swapped|With new ends], {shown} [becomes|gives] {result}",
+            "[Exchange|Swap] the words at the ends: {shown}.",
+            "Let the two words at the ends change places.",
+        ),
+        (
+            "{last} is [now in front|at the start], {first} [now closes it|comes after all]",
+            "It [begins|starts] with {last} and [ends|closes] with {first}",
+            "[Now|Swapped,] {last} [leads|goes ahead], and {first} [is at the back|follows at the end]",
         ),
     ),
     Task(
@@ -435,11 +449,14 @@ TASKS: tuple[Task, ...] = (
             "[Name|Give] the {place} word.",
             "[Name|Give] the {place} word of this list: {shown}.",
         ),
-        ("In the list {shown}, [what|which] word is the {place}?", "[What|Which] word is the {place} one?"),
         (
-            "[It|That|The word] [is|must be] {result}",
-            "The {place} [word|one] [is|must be] {result}",
-            "In {shown} the {place} [word|one] is {result}",
+            "In the list {shown}, [what|which] word is the {place}?",
+            "[What|Which] word is the {place} one?",
+        ),
+        (
+            "[It|That|This one] must be {result}, [I think|as you can see]",
+            "[There|At that place] you [find|read|see] {result}",
+            "[Counted from the start|If you count], it must be {result}",
         ),
     ),
     Task(
@@ -450,11 +467,14 @@ TASKS: tuple[Task, ...] = (
             "[Find|Name] the longest word.",
             "[Find|Name] the longest word of this list: {shown}.",
         ),
-        ("In the list {shown}, [what|which] word is the longest?", "[What|Which] word is the longest one?"),
         (
-            "The longest [word|one] [is|must be] {result}",
-            "[It|That] is {result}, with {letters} letters",
-            "In {shown} the longest [word|one] is {result}",
+            "In the list {shown}, [what|which] word is the longest?",
+            "[What|Which] word is the longest one?",
+        ),
+        (
+            "[It|That|This] must be {result}, with {letters} letters",
+            "{result} has {letters} letters, [more than all others|the others have fewer]",
+            "No other [one |]is as long as {result}",
         ),
     ),
     Task(
@@ -470,24 +490,27 @@ TASKS: tuple[Task, ...] = (
             "How many times does the word {word} [appear|occur]?",
         ),
         (
-            "The word {word} [appears|occurs|is there] {times}",
-            "[You find|There is|I count] {word} {times}",
-            "In {shown} the word {word} [appears|occurs] {times}",
+            "[You find|I find|I count|We see] it {times}",
+            "{times}, among {total} [in all|that are given]",
+            "[It is there|You have it] {times}, out of {total}",
         ),
     ),
     Task(
         "pick_kind",
         pick_kind,
         (
-            "[Which|What] {kind} are in this list: {shown}?",
-            "[Find|Name|List] the {kind}.",
-            "[Find|Name|List] all {kind} in {shown}.",
+            "From the end, [which|what] {kind} are in this list: {shown}?",
+            "[Find|Name|List] the {kind}, from the end.",
+            "[Find|Name|List] all {kind} from the end: {shown}.",
         ),
-        ("In the list {shown}, [find|name] the {kind}.", "[Which|What] {kind} are there?"),
         (
-            "The {kind} [are|there are][:|] {result}",
-            "[I see|There are|We find] the {kind} {result}",
-            "Of {shown}, the {kind} [are|must be] {result}",
+            "In the list {shown}, [find|name] the {kind} from the end.",
+            "From the end, [which|what] {kind} are there?",
+        ),
+        (
+            "[I see|You see|We find] [here|there] the following: {result}",
+            "[Read|Taken] backwards, [they are|you get|we get] {result}",
+            "[They|These] must be {result}, and no [others|more]",
         ),
     ),
     Task(
@@ -503,9 +526,9 @@ TASKS: tuple[Task, ...] = (
             "Go on with the list and [name|give] the next number.",
         ),
         (
-            "The next [number|one] [is|must be] {result}",
-            "[It is|Next comes] {result}, [since|as] each step adds {stride}",
-            "[After|Next to] {shown} comes {result}",
+            "[You get|Then it is|After that it must be] {result}, [I think|of course]",
+            "[It is|Then you get] {result}, [since|as] each step adds {stride}",
+            "{result}, which is {stride} more than the [last|one before]",
         ),
     ),
     Task(
@@ -516,11 +539,14 @@ TASKS: tuple[Task, ...] = (
             "How many {what} does {who} have [now|then]?",
             "{shown} [Count|Say] the {what} of {who}.",
         ),
-        ("[Count|Say] how many {what} {who} has then: {shown}", "[Say|Count] the {what} that {who} has."),
         (
-            "{who} [now|then] has {result} {what}",
-            "[It is|There are] [now|then] {result} {what}",
-            "That [makes|gives] {result} {what} for {who}",
+            "[Count|Say] how many {what} {who} has then: {shown}",
+            "[Say|Count] the {what} that {who} has.",
+        ),
+        (
+            "[It is|There are] [now|then] {result} [of them|in all]",
+            "That [makes|leaves|comes to] {result} {what}, [if you count|as you see]",
+            "[You count|I count|We get] {result} [now|then], all for {who}",
         ),
     ),
     Task(
@@ -531,11 +557,14 @@ TASKS: tuple[Task, ...] = (
             "Where is the {what}?",
             "{shown} Where [is|can you find] the {what}?",
         ),
-        ("{shown} In which place [is|can you find] the {what}?", "In which place can you find the {what}?"),
         (
-            "The {what} [is|must be|lies] in the {place}",
-            "[It is|You find it|Look for it] in the {place}",
-            "{who} has [put|left] the {what} in the {place}",
+            "{shown} In which place [is|can you find] the {what}?",
+            "In which place can you find the {what}?",
+        ),
+        (
+            "[Go|Come] to the {place} and look [there|around]",
+            "The {place} is where [it is|it must be|you find it]",
+            "[You|We] will find it at the {place}",
         ),
     ),
     Task(
@@ -546,11 +575,14 @@ TASKS: tuple[Task, ...] = (
             "[Who|Which person] {does} the {what}?",
             "{shown} [Who|Which person] {does} the {what}?",
         ),
-        ("{shown} Name the person who {does} the {what}.", "Say which person {does} the {what}."),
         (
-            "{who}[ is the one who| is who|] {does} the {what}",
-            "[It|That|The person] [is|must be] {who}",
-            "The {what}? It [is|must be] {who} who {does} it",
+            "{shown} Name the person who {does} the {what}.",
+            "Say which person {does} the {what}.",
+        ),
+        (
+            "[It|That|The person] must be {who}[, I think|, of course]",
+            "{who} does so[, and no one else|, not the others]",
+            "Of all these people it [is|must be] {who}",
         ),
     ),
     Task(
@@ -561,11 +593,14 @@ TASKS: tuple[Task, ...] = (
             "[When|On which day] does {who} go out?",
             "{shown} [When|On which day] does {who} go to the {place}?",
         ),
-        ("{shown} Say on which day {who} goes to the {place}.", "Name the day when {who} goes out."),
         (
-            "{who} [goes|will go] to the {place} on {day}",
-            "[It is|It must be|That is] on {day}",
-            "{day} is [the day|the time] when {who} goes to the {place}",
+            "{shown} Say on which day {who} goes to the {place}.",
+            "Name the day when {who} goes out.",
+        ),
+        (
+            "{day} is [the day|the time] when [that is|you see it]",
+            "[It must be|That is] each {day}, [I think|of course]",
+            "[Wait until|Look out on|Be there on] {day}, when {who} [does so|is there]",
         ),
     ),
     Task(
@@ -576,23 +611,33 @@ TASKS: tuple[Task, ...] = (
             "[Describe|Present] the person[ in a sentence|].",
             "Write a sentence about this person: {shown}.",
         ),
-        ("In a sentence, [present|describe] this person: {shown}.", "Write about the person."),
         (
-            "{name} is a {job} who [lives|works] near the {place} and [likes|drinks] {drink}",
-            "{name} [likes|drinks] {drink} and [is|works as] a {job} near the {place}",
-            "The {job} near the {place} [is|is called] {name}, who [likes|drinks] {drink}",
+            "In a sentence, [present|describe] this person: {shown}.",
+            "Write about the person.",
+        ),
+        (
+            "[This is|Here is] {name}, who [is|works as] a {job} near the {place} and likes {drink}",
+            "{name} [likes|wants|has] {drink} and [is|works as] a {job} near the {place}",
+            "The {job} who is near the {place} and [likes|wants|has] {drink} [is|is called] {name}",
         ),
     ),
     Task(
         "change_tense",
         change_tense,
         (
-            "[Rewrite|Put] this in the {tense} tense: {shown}",
-            "[Rewrite|Put] the sentence in the {tense} tense.",
-            "[Say|Write] it in the {tense} tense: {shown}",
+            "[Say|Write] in the {tense} tense who does it: {shown}",
+            "[Say|Write] in the {tense} tense who does it.",
+            "Who does it, in the {tense} tense? {shown}",
         ),
-        ("In the {tense} tense, [say|write] this: {shown}", "[Say|Write] the sentence in the {tense} tense."),
-        ("[So|Now|Then][:|,] {result}", "In the {tense}[:|,] {result}", "[You|I|We] say: {result}"),
+        (
+            "In the {tense} tense, who does it? {shown}",
+            "Who does it? [Say|Write] it in the {tense} tense.",
+        ),
+        (
+            "The one who {does} it [{when} |]{is} {who}",
+            "It {is} {who} who {does} it[ {when}|, I think]",
+            "[The person that|Whoever] {does} it {is} {who}",
+        ),
     ),
     Task(
         "negate",
@@ -602,11 +647,14 @@ TASKS: tuple[Task, ...] = (
             "[Deny|Negate] the sentence.",
             "[Say|Write] the opposite with not: {shown}",
         ),
-        ("[Negate|Deny] the sentence: {shown}", "[Write|Say] the opposite of the sentence with not."),
         (
-            "[No, |In fact, |]{who} does not {verb} {rest}",
-            "{who} [would never|will not|does not] {verb} {rest}",
-            "It is [false|not true] that {who} would {verb} {rest}",
+            "[Negate|Deny] the sentence: {shown}",
+            "[Write|Say] the opposite of the sentence with not.",
+        ),
+        (
+            "[No, |In fact, |]that {what} is [not|never] {done} by {who}",
+            "No one will {verb} it, [not even|least of all] {who}",
+            "It is [false|not true] that {who} would {verb} [it|that]",
         ),
     ),
     Task(
@@ -617,11 +665,14 @@ TASKS: tuple[Task, ...] = (
             "Turn the order into a [polite|kind] [request|question].",
             "How do you [kindly|politely] say: {shown}",
         ),
-        ("Turn this into a [kind|polite] [question|request]: {shown}", "Make the order polite."),
         (
-            "[Could|Would|Can] you [please|kindly] {order}?",
-            "Please {order}[, thank you|, if you can|]",
-            "[I would like to|May I|Let me] ask you to {order}",
+            "Turn this into a [kind|polite] [question|request]: {shown}",
+            "Make the order polite.",
+        ),
+        (
+            "[Dear |]{who}, [could|would|can] you [please|kindly] {verb} it?",
+            "[I would like to|May I|Let me] ask {who} to {verb} it",
+            "{who}, about that {what}: [please {verb} it|would you {verb} it, thank you]",
         ),
     ),
     Task(
@@ -632,11 +683,14 @@ TASKS: tuple[Task, ...] = (
             "[Change|Turn] the words to {many}.",
             "There are {many}, not one. [Say|Write] it: {shown}.",
         ),
-        ("[Say|Write] this with {many}, not one: {shown}.", "There are {many}. Change the words."),
         (
-            "[There are|We have|You see] [now|then] {result}",
-            "[Now it is|That makes|That gives] {result}",
-            "Not one but {result}",
+            "[Say|Write] this with {many}, not one: {shown}.",
+            "There are {many}. Change the words.",
+        ),
+        (
+            "[Now|Then] {many} {what} are there, all [of them |]{colour}",
+            "At the {place} [we have|you see] {many} {what} [now|then]",
+            "All {many} {what} at that place are {colour}",
         ),
     ),
     Task(
@@ -647,11 +701,14 @@ TASKS: tuple[Task, ...] = (
             "Who is [older|the older one]?",
             "[Compare|Say who is older]: {shown}",
         ),
-        ("{shown} Say who is [older|the older one].", "Which person is older?"),
         (
-            "{older} is [older|the older one][, not {younger}|]",
-            "[It|That|The older one] [is|must be] {older}",
-            "{younger} is younger than {older}",
+            "{shown} Say who is [older|the older one].",
+            "Which person is older?",
+        ),
+        (
+            "[That|This] must be {older}[, not {younger}|]",
+            "Of [the|these] two, {older} was born first",
+            "{younger} was born [later|after that], so it must be {older}",
         ),
     ),
     Task(
@@ -662,11 +719,14 @@ TASKS: tuple[Task, ...] = (
             "[Rewrite|Put] the sentence in the passive.",
             "[Say|Write] it with {who} at the end: {shown}",
         ),
-        ("In the passive, [say|write] this: {shown}", "[Say|Write] the sentence with {who} at the end."),
         (
-            "The {what} [is|gets] {done} in the {place} by {who}",
-            "In the {place} the {what} [is|gets] {done} by {who}",
-            "It is {who} by whom the {what} [is|gets] {done} in the {place}",
+            "In the passive, [say|write] this: {shown}",
+            "[Say|Write] the sentence with {who} at the end.",
+        ),
+        (
+            "That {what} [is|gets] {done} there by {who}",
+            "[There|At that place], it [is|gets] {done} by {who}",
+            "At the {place}, it is {who} by whom that {what} [is|gets] {done}",
         ),
     ),
     Task(
@@ -677,11 +737,14 @@ TASKS: tuple[Task, ...] = (
             "[Say|Write] this as {taker} sees it: {shown}",
             "What does {taker} get, and [when|from whom]?",
         ),
-        ("What does {taker} get: {shown}", "[Write|Say] what {taker} gets and when."),
         (
-            "{taker} [gets|receives] the {what} from {giver} on {day}",
-            "On {day} {taker} [gets|receives] the {what} from {giver}",
-            "The {what} [goes|comes] from {giver} to {taker} on {day}",
+            "What does {taker} get: {shown}",
+            "[Write|Say] what {taker} gets and when.",
+        ),
+        (
+            "{taker} [receives|is given] it from {giver} [this|next] {day}",
+            "For {taker} there is a {what}, [sent by|from] {giver}",
+            "[Next|This] {day}, {taker} receives [it|that] from {giver}",
         ),
     ),
     Task(
@@ -692,11 +755,14 @@ TASKS: tuple[Task, ...] = (
             "[Turn|Change] the sentence to a question.",
             "Which question does this answer: {shown}",
         ),
-        ("Which question is the sentence an answer to?", "To a question, [turn|change] this: {shown}"),
         (
-            "Does {who} {verb} {rest}?",
-            "[Who is|Is it {who}] going to {verb} {rest}?",
-            "[Did|Will|Can] {who} {verb} {rest}?",
+            "Which question is the sentence an answer to?",
+            "To a question, [turn|change] this: {shown}",
+        ),
+        (
+            "[Who is|Is it {who}] going to {verb} it?",
+            "Which {what} [did|will|can] {who} {verb}, and where?",
+            "[Did|Will|Can] you see who [is|was] at that {what}?",
         ),
     ),
     Task(
@@ -712,9 +778,9 @@ TASKS: tuple[Task, ...] = (
             "The place is now the {new}. Change the sentence.",
         ),
         (
-            "{who} drinks {what} in the {new}[, not in the {old}|]",
-            "In the {new} {who} [drinks|has] {what}",
-            "It is in the {new} that {who} [drinks|has] {what}",
+            "At the {new} there is {what} for {who}",
+            "[You see|You meet|We see] {who} at the {new}, [not|no longer] at that {old}",
+            "The {new} is where {what} is [now |]for {who}",
         ),
     ),
     Task(
@@ -725,10 +791,13 @@ TASKS: tuple[Task, ...] = (
             "[Write|Make] an invitation from these facts.",
             "Invite the guest: {shown}.",
         ),
-        ("Make from these facts an invitation: {shown}.", "Write to the guest and invite."),
+        (
+            "Make from these facts an invitation: {shown}.",
+            "Write to the guest and invite.",
+        ),
         (
             "Dear {guest}, [please|do] come to the {place} on {day} for {drink}",
-            "[Hello|Dear] {guest}, on {day} we have {drink} in the {place}",
+            "[Hello|Dear] {guest}, on {day} we [have|will have] {drink} in the {place}",
             "Will you have {drink} with us on {day} in the {place}, [dear |]{guest}?",
         ),
     ),
@@ -740,11 +809,14 @@ TASKS: tuple[Task, ...] = (
             "[Join|Combine] the two sentences.",
             "[Say|Write] this in one sentence: {shown}",
         ),
-        ("In one sentence, [say|write] this: {shown}", "[Say|Write] the two sentences in one."),
         (
-            "{first} and {second}[ both| now|] {rest}",
-            "Both {first} and {second} {rest}",
-            "[They|The two|Both] {rest}: {first} and {second}",
+            "In one sentence, [say|write] this: {shown}",
+            "[Say|Write] the two sentences in one.",
+        ),
+        (
+            "{second} has {what} there, [and so does|just like|together with] {first}",
+            "At the {place} [they both have|the two have] {what}",
+            "There is {what} for {second} and [also |]for {first}",
         ),
     ),
 )
