@@ -109,12 +109,10 @@ class DSKD(Loss):
         from_teacher = self.teacher_to_student(h_t / hidden_std + f_out / out_std)
         from_student = self.student_to_teacher(student["hidden.last"])
 
-        scores = ops.attention_scores(query, keys / key_std, student.side, teacher.side)
-        to_teacher_rows = scores.softmax(2).to(from_teacher.dtype)
-        to_student_rows = scores.transpose(1, 2).softmax(2).to(from_student.dtype)
-        t2s = to_teacher_rows @ ops.pad_rows(from_teacher, teacher.side)[0]
-        s2t = to_student_rows @ ops.pad_rows(from_student, student.side)[0]
-        return {"t2s": Own(ops.unpad_rows(t2s, student.side)), "s2t": Own(ops.unpad_rows(s2t, teacher.side))}
+        keys = keys / key_std
+        t2s, _ = ops.attend(query, keys, from_teacher, student.side, teacher.side)
+        s2t, _ = ops.attend(keys, query, from_student, teacher.side, student.side)
+        return {"t2s": Own(t2s), "s2t": Own(s2t)}
 
     def divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         options = {

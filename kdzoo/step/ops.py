@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from kdzoo.step.batch import Side
-from kdzoo.step.view import pad_rows, row_places, unpad_rows
+from kdzoo.step.view import pad_rows, places_within, unpad_rows
 
 
 def cross_entropy(log_q: Tensor, labels: Tensor) -> Tensor:
@@ -22,9 +23,13 @@ def cross_entropy(log_q: Tensor, labels: Tensor) -> Tensor:
     return -log_q.gather(-1, labels[:, None]).squeeze(-1)
 
 
-def is_top(logits: Tensor, labels: Tensor) -> Tensor:
-    """Whether the label's logit (or log-probability) is the row's largest [n] bool. Much cheaper than an argmax."""
-    return logits.gather(-1, labels[:, None]).squeeze(-1) >= logits.amax(-1)
+def is_top(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
+    """Whether the label's logit (or log-probability) is among the row's `k` largest [n] bool; ties count as in.
+
+    Much cheaper than an argmax or a topk.
+    """
+    own = logits.gather(-1, labels[:, None])
+    return (own >= logits.amax(-1, keepdim=True) if k == 1 else (logits > own).sum(-1, keepdim=True) < k).squeeze(-1)
 
 
 class _KL(torch.autograd.Function):
@@ -112,16 +117,40 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def attention_scores(query: Tensor, keys: Tensor, student: Side, teacher: Side) -> Tensor:
-    """query . key / sqrt(width) of student rows [N, width] with teacher rows [M, width] of their sequence, [B, n, m].
+ATTENTION_BYTES = 16 * 2**20
+"""Scores of one block of queries: what the memory of `attend` depends on."""
 
-    In float32 at least; where a sequence has no such row the lowest number, so that a softmax either way leaves it out.
+
+def attend(
+    query: Tensor, keys: Tensor, values: Tensor, student: Side, teacher: Side, block_bytes: int = ATTENTION_BYTES
+) -> tuple[Tensor, Tensor]:
+    """Each query [N, A] attends to the keys [M, A] of its sequence: mixed values [N, width] and entropies [N], in nats.
+
+    softmax(query . key / sqrt(A)), in float32 at least. Queries go in blocks whose scores are computed again on the
+    way back, so that memory does not grow with N x M. A sequence without keys gives zeros. Entropies carry no gradient.
     """
-    q, q_mask = pad_rows(query, student)
-    k, k_mask = pad_rows(keys, teacher)
-    scores = (q @ k.transpose(1, 2)) / math.sqrt(keys.shape[-1])
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    return scores.masked_fill(~(q_mask[:, :, None] & k_mask[:, None, :]), torch.finfo(scores.dtype).min)
+    q, _ = pad_rows(query, student)
+    k, mask = pad_rows(keys, teacher)
+    v, _ = pad_rows(values, teacher)
+    wide = torch.promote_types(k.dtype, torch.float32)
+    size = max(1, block_bytes // max(1, mask.numel() * wide.itemsize))
+
+    def block(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        scores = (q @ k.transpose(1, 2)).to(wide) / math.sqrt(k.shape[-1])
+        weights = scores.masked_fill(~mask[:, None], torch.finfo(wide).min).softmax(-1)
+        weights = torch.where(mask[:, None], weights, torch.zeros_like(weights))
+        with torch.no_grad():
+            entropy = torch.special.entr(weights).sum(-1)
+        return weights.to(v.dtype) @ v, entropy
+
+    if not mask.shape[1]:
+        found = [((q @ k.transpose(1, 2)).to(v.dtype) @ v, q.new_zeros(q.shape[:2], dtype=wide))]
+    elif size >= q.shape[1]:
+        found = [block(q, k, v)]
+    else:
+        found = [checkpoint(block, part, k, v, use_reentrant=False) for part in q.split(size, dim=1)]
+    mixed, entropy = (torch.cat(parts, dim=1) for parts in zip(*found, strict=True))
+    return unpad_rows(mixed, student), unpad_rows(entropy, student)
 
 
 def sequence_mean(values: Tensor, side: Side, mask: Tensor | None = None) -> Tensor:
@@ -147,14 +176,14 @@ def sequence_std(values: Tensor, side: Side) -> Tensor:
 __all__ = [
     "DIVERGENCES",
     "adaptive_kl",
-    "attention_scores",
+    "attend",
     "cross_entropy",
     "forward_kl",
     "is_top",
     "js",
     "pad_rows",
+    "places_within",
     "reverse_kl",
-    "row_places",
     "sequence_mean",
     "sequence_std",
     "skew_forward_kl",

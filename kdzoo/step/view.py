@@ -68,11 +68,16 @@ def unpad_rows(padded: Tensor, side: Side) -> Tensor:
 
 def row_places(side: Side) -> tuple[Tensor, Tensor]:
     """Where each packed row stands in a `[B, n]` grid (flat), and the grid's mask."""
-    count = torch.bincount(side.sample, minlength=side.sequences)
-    n = int(count.max()) if len(side) else 0
-    first = count.cumsum(0) - count
-    within = torch.arange(len(side), device=side.sample.device) - first[side.sample]
+    within = places_within(side)
+    n = int(within.max()) + 1 if len(side) else 0
     place = side.sample * n + within
     mask = torch.zeros(side.sequences * n, dtype=torch.bool, device=side.sample.device)
     mask[place] = True
     return place, mask.view(side.sequences, n)
+
+
+def places_within(side: Side) -> Tensor:
+    """The place of each packed row among those of its sequence, from 0 [rows]."""
+    count = torch.bincount(side.sample, minlength=side.sequences)
+    first = count.cumsum(0) - count
+    return torch.arange(len(side), device=side.sample.device) - first[side.sample]
