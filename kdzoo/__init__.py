@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from kdzoo.plugin.contracts import Aligner as Aligner
     from kdzoo.plugin.contracts import Alignment as Alignment
     from kdzoo.plugin.contracts import Anatomy as Anatomy
+    from kdzoo.plugin.contracts import Experts as Experts
     from kdzoo.plugin.contracts import Fusion as Fusion
+    from kdzoo.plugin.contracts import FusionParams as FusionParams
     from kdzoo.plugin.contracts import Loss as Loss
+    from kdzoo.plugin.contracts import Mixture as Mixture
     from kdzoo.plugin.contracts import ModelFacts as ModelFacts
     from kdzoo.plugin.contracts import Models as Models
     from kdzoo.plugin.contracts import Needs as Needs
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from kdzoo.plugin.contracts import Own as Own
     from kdzoo.plugin.contracts import OwnStream as OwnStream
     from kdzoo.plugin.contracts import Params as Params
+    from kdzoo.plugin.contracts import RanksFirst as RanksFirst
     from kdzoo.plugin.contracts import Tokens as Tokens
     from kdzoo.plugin.contracts import Visit as Visit
     from kdzoo.plugin.hooks import hookimpl as hookimpl
@@ -44,8 +48,11 @@ _HOMES = {
         "Aligner",
         "Alignment",
         "Anatomy",
+        "Experts",
         "Fusion",
+        "FusionParams",
         "Loss",
+        "Mixture",
         "ModelFacts",
         "Models",
         "Needs",
@@ -53,6 +60,7 @@ _HOMES = {
         "Own",
         "OwnStream",
         "Params",
+        "RanksFirst",
         "Tokens",
         "Visit",
     ),

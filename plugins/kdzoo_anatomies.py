@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from kdzoo import Anatomy, Head, hookimpl
+from kdzoo import Anatomy, Head, Mixture, hookimpl
 
 
 class Llama(Anatomy):
@@ -25,6 +27,9 @@ class Llama(Anatomy):
     def embedding(self, model: Any) -> nn.Module:
         return model.model.embed_tokens
 
+    def norm(self, model: Any) -> nn.Module:
+        return model.model.norm
+
     def head(self, model: Any) -> Head:
         return Head(model.lm_head.weight)
 
@@ -40,8 +45,21 @@ class Llama(Anatomy):
         return cut
 
 
-class Mixtral(Llama):
-    """Llama's shape with experts in every block."""
+class Routed(Llama):
+    """Llama's shape with experts; one of Transformers' layouts serves all such families."""
+
+    families = ("olmoe",)
+
+    def experts(self, config: Any) -> int:
+        return config.num_experts
+
+    def mixture(self, model: Any, block: int) -> Mixture | None:
+        layer = model.model.layers[block]
+        return Mixture(layer.mlp, layer.post_attention_layernorm, layer.mlp.gate, layer.mlp.experts)
+
+
+class Mixtral(Routed):
+    """The same under another name in the configuration."""
 
     families = ("mixtral",)
 
@@ -49,29 +67,37 @@ class Mixtral(Llama):
         return config.num_local_experts
 
 
-class OLMoE(Llama):
-    """Llama's shape with experts in every block."""
+class QwenMoE(Routed):
+    """Some blocks may be dense."""
 
-    families = ("olmoe",)
+    families = ("qwen3_moe",)
 
-    def experts(self, config: Any) -> int:
-        return config.num_experts
+    @staticmethod
+    def dense(config: Any, layer: int) -> bool:
+        return layer in config.mlp_only_layers or (layer + 1) % config.decoder_sparse_step > 0
 
-
-class QwenMoE(Llama):
-    """Llama's shape with experts, where some blocks may be dense."""
-
-    families = ("qwen2_moe", "qwen3_moe")
-
-    def experts(self, config: Any) -> int:
-        return config.num_experts
+    def mixture(self, model: Any, block: int) -> Mixture | None:
+        return None if self.dense(model.config, block) else super().mixture(model, block)
 
     def cut_config(self, config: Any, layers: Sequence[int]) -> Any:
         cut = super().cut_config(config, layers)
-        dense = [layer in config.mlp_only_layers or (layer + 1) % config.decoder_sparse_step > 0 for layer in layers]
         cut.decoder_sparse_step = 1
-        cut.mlp_only_layers = [place for place, plain in enumerate(dense) if plain]
+        cut.mlp_only_layers = [place for place, layer in enumerate(layers) if self.dense(config, layer)]
         return cut
+
+
+class Qwen2MoE(QwenMoE):
+    """Beside the routed experts, one is shared by all tokens, behind a gate of its own."""
+
+    families = ("qwen2_moe",)
+
+    def mixture(self, model: Any, block: int) -> Mixture | None:
+        routed = super().mixture(model, block)
+        return None if routed is None else replace(routed, shared=partial(self.shared, routed.block))
+
+    @staticmethod
+    def shared(mixture: Any, x: Tensor) -> Tensor:
+        return mixture.shared_expert_gate(x).sigmoid() * mixture.shared_expert(x)
 
 
 class Gemma3(Llama):
@@ -100,6 +126,9 @@ class GPT2(Anatomy):
     def embedding(self, model: Any) -> nn.Module:
         return model.transformer.wte
 
+    def norm(self, model: Any) -> nn.Module:
+        return model.transformer.ln_f
+
     def head(self, model: Any) -> Head:
         return Head(model.lm_head.weight)
 
@@ -116,7 +145,8 @@ class GPT2(Anatomy):
 def register_anatomies(register: Callable[[type[Anatomy]], None]) -> None:
     register(Llama)
     register(Mixtral)
-    register(OLMoE)
+    register(Routed)
     register(QwenMoE)
+    register(Qwen2MoE)
     register(Gemma3)
     register(GPT2)

@@ -18,6 +18,7 @@ from torch import Tensor
 from kdzoo.errors import KdzooError
 
 Value = TypeVar("Value")
+Key = TypeVar("Key")
 
 
 def launched_from_outside() -> bool:
@@ -187,3 +188,12 @@ def summed(values: Mapping[str, Tensor], device: torch.device) -> dict[str, floa
     if world() > 1:
         dist.all_reduce(stacked)
     return dict(zip(names, stacked.tolist(), strict=True))
+
+
+def added_up(values: Mapping[Key, Tensor], device: torch.device) -> dict[Key, Tensor]:
+    """Tensors summed over ranks, one collective each. Every rank brings the same names, in the same order."""
+    found = {name: value.detach().to(device) for name, value in values.items()}
+    if world() > 1:
+        for value in found.values():
+            dist.all_reduce(value)
+    return found

@@ -15,22 +15,23 @@ from transformers import PreTrainedModel
 from kdzoo.engine.close import close_engine
 from kdzoo.engine.config import zero_stage
 from kdzoo.engine.loading import load_model
-from kdzoo.plugin.contracts import Anatomy, ModelFacts
+from kdzoo.plugin.contracts import Anatomy, Fusion, ModelFacts
 from kdzoo.step.batch import Side
-from kdzoo.step.capture import capture
+from kdzoo.step.capture import NO_FUSIONS, capture
 from kdzoo.step.head import Head
 
 
 class _Sites(nn.Module):
     """The model with its captured sites as its output, so that one engine call is one forward pass."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy) -> None:
+    def __init__(self, model: nn.Module, anatomy: Anatomy, fusions: Mapping[str, Fusion]) -> None:
         super().__init__()
         self.model = model
         self._anatomy = anatomy
+        self._fusions = fusions
 
     def forward(self, *, side: Side, sites: Iterable[str]) -> dict[str, Tensor]:
-        return capture(self.model, self._anatomy, side, sites)
+        return capture(self.model, self._anatomy, side, sites, self._fusions)
 
 
 class FrozenModel:
@@ -43,6 +44,7 @@ class FrozenModel:
         precision: str,
         config: dict[str, Any],
         device: torch.device,
+        fusions: Mapping[str, Fusion] = NO_FUSIONS,
     ) -> None:
         self.model = load_model(folder, precision, config, device)
         self.model.requires_grad_(False).eval()
@@ -51,7 +53,7 @@ class FrozenModel:
         self.facts = model_facts(self.model, self.anatomy)
         self.device = device
         self.partitioned = zero_stage(config) == 3
-        self._call: Any = _Sites(self.model, self.anatomy)
+        self._call: Any = _Sites(self.model, self.anatomy, fusions)
         if self.partitioned:
             self._call = deepspeed.initialize(model=self._call, config=config)[0]
             self._call.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class StudentEngine:
         self.device = device
         self.accumulation = int(config["gradient_accumulation_steps"])
         self._losses = losses
+        self._apart_every = stage.gradients_every
         self._stage_3 = zero_stage(config) == 3
         # Without sharding and in float32 DeepSpeed keeps no gradient norm.
         self._plain = zero_stage(config) == 0 and not config.get("bf16", {}).get("enabled", False)
@@ -62,13 +64,16 @@ class StudentEngine:
         self.engine.train()
         weights = {name: weight_at(slot.weight, number) for name, slot in self._losses.items()}
         report = Report()
+        apart = self._apart_every is not None and number % self._apart_every == 0 and self.distiller.student is not None
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         norm: float | None = None
         for batch in batches:
-            loss = self._loss(batch.to(self.device), weights, report)
+            loss = self._loss(batch.to(self.device), weights, report, apart)
             total += loss.detach()
             # DeepSpeed divides by accumulation and averages over ranks; our losses are shares of a global mean.
             self.engine.backward(loss * (self.accumulation * world()))
+            if apart:
+                report.close_gradients(weights)
             if self._plain and self.engine.is_gradient_accumulation_boundary():
                 norm = float(get_total_norm([p.grad for p in self.distiller.parameters() if p.grad is not None]))
             self.engine.step()
@@ -90,13 +95,13 @@ class StudentEngine:
             self._loss(batch.to(self.device), weights, report)
         return merged(report, self.device)
 
-    def _loss(self, batch: Batch, weights: Mapping[str, float], report: Report) -> Tensor:
+    def _loss(self, batch: Batch, weights: Mapping[str, float], report: Report, apart: bool = False) -> Tensor:
         sites: dict[str, Tensor] = {}
         if self.teacher is not None:
             assert batch.teacher is not None
             sites = self.teacher.sites(batch.teacher, self._sites)
         head = None if self.teacher is None else self.teacher.head
-        return self.engine(batch=batch, teacher=sites, teacher_head=head, weights=weights, report=report)
+        return self.engine(batch=batch, teacher=sites, teacher_head=head, weights=weights, report=report, apart=apart)
 
     def state(self, prefix: str) -> dict[str, Tensor]:
         """The trained weights under `prefix` (`student.`, `losses.<slot>.`), whole, on rank 0's CPU."""
@@ -152,13 +157,14 @@ def weight_at(weight: Any, step: int) -> float:
 
 
 def merged(report: Report, device: torch.device) -> dict[str, float]:
-    """Terms and watched values of all ranks: shares add up, watched values are total over count."""
+    """Terms and watched values of all ranks: shares and squared norms add up, watched values are total over count."""
     sums = {f"term {k}": v for k, v in report.terms.items()}
     sums |= {f"total {k}": total for k, (total, _) in report.watched.items()}
     sums |= {f"count {k}": count for k, (_, count) in report.watched.items()}
+    sums |= {f"norm {key}": square for key, square in report.norms.items()}
     values = summed(sums, device)
     terms = {name: values[f"term {name}"] for name in report.terms}
     watched = {
         name: values[f"total {name}"] / values[f"count {name}"] for name in report.watched if values[f"count {name}"]
     }
-    return terms | watched
+    return terms | watched | {key: math.sqrt(values[f"norm {key}"]) for key in report.norms}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +17,9 @@ from kdzoo.step.terms import Terms
 from kdzoo.step.view import View
 
 Model = Literal["student", "teacher"]
+
+RanksFirst = Callable[[Tensor, Tensor], Tensor]
+"""Whether the student's head puts each gold token [n] first, from states [n, S]: [n] bool, without gradient."""
 
 
 class Params(BaseModel):
@@ -67,17 +70,20 @@ class Needs:
     student: frozenset[str] = frozenset()
     """Sites of the student: `hidden.last`, `hidden.<block>`, `embed.input`, `embed.target`, ..."""
     teacher: frozenset[str] = frozenset()
-    """Sites of the teacher."""
+    """Sites of the teacher. Where the recipe's slot names a fusion, `hidden.last` is the fused state."""
     visits: tuple[Visit, ...] = ()
     streams: tuple[OwnStream, ...] = ()
     facts: tuple[str, ...] = ()
-    """Teacher facts that `streams` or `combine` read: `teacher.top1`, `.correct`, `.label_logprob`, `.entropy`."""
+    """Teacher facts that `streams` or `combine` read: `teacher.top1`, `.correct` (`.correct@5`: the gold token is among
+    the first five), `.label_logprob` (`.label_logprob@2.0`: at temperature 2), `.entropy`."""
     tokenizers: Literal["any", "same"] = "any"
     """"same": the loss makes sense for one tokenizer only; two are refused before anything is loaded."""
     aligned: bool = False
     """Whether pairs or spans of the aligner are read."""
     artefacts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Stages whose trained module this loss receives, with the parameters it insists on."""
+    survey: bool = False
+    """Whether `survey` is to see the training rows, and `prepare` their sums, before the first step."""
     rows: Literal["response", "sequence"] = "response"
     batch_coupled: bool = False
     """One sample's loss depends on its neighbours or on padding: the authors' reading, never a default."""
@@ -136,8 +142,15 @@ class Loss(nn.Module, ABC):
         self.params = params
         self.models = models
 
+    def survey(self, batch: Batch, teacher: View) -> Mapping[str, Tensor]:
+        """Sums over this batch's teacher rows; added up over training rows and ranks where `needs.survey`."""
+        return {}
+
+    def prepare(self, sums: Mapping[str, Tensor]) -> None:
+        """The sums of `survey` over all rows, in float64, once before the first step: a start, or constants."""
+
     def carry_facts(
-        self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor]
+        self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor], ranks_first: RanksFirst
     ) -> Mapping[str, Tensor]:
         """Teacher facts [M] carried to student rows [N] where the tokenizers differ. Default: by aligned spans."""
         from kdzoo.step.facts import carry_by_spans
@@ -198,11 +211,59 @@ class Aligner(ABC):
     def align(self, student: Tokens, teacher: Tokens) -> Alignment: ...
 
 
-class Fusion(nn.Module, ABC):
-    """Reads sites of a mixture-of-experts teacher and writes one site of its own, `fused.<slot>`."""
+@dataclass(frozen=True)
+class Mixture:
+    """The parts of a block that mixes experts. A pass calls each of its modules once, the router before the experts."""
+
+    block: nn.Module
+    """Takes [B, T, D]: what router and experts read."""
+    norm: nn.Module
+    """The norm before it; its input is the residual stream that the block's output is added to."""
+    router: nn.Module
+    """[n, D] -> logits [n, E], weights of the routed experts [n, K], and which they are [n, K]."""
+    experts: nn.Module
+    """[n, D], which [n, K], weights [n, K] -> their weighted sum [n, D]."""
+    shared: Callable[[Tensor], Tensor] | None = None
+    """[n, D] -> [n, D]: what the block adds whatever the router says."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """All experts of one block on n rows: what a fusion mixes."""
+
+    outputs: Tensor  # [n, E, D] each expert's own output
+    logits: Tensor  # [n, E] the router's
+    weights: Tensor  # [n, E] what the model itself weighs each expert with, 0 where it is not routed to
+
+
+class FusionParams(Params):
+    """What every fusion has; a fusion with parameters of its own inherits it."""
+
+    layer: int = -1
+    """The block whose experts are fused, counted from 0, or from the end."""
+    into: Literal["block", "alone"] = "block"
+    """"block": the fused output takes the place of the experts' output: a shared expert and the residual stream are
+    added, the final norm follows. "alone": the fused output itself is the state."""
+    judge: Literal["model", "fused"] = "model"
+    """Whose prediction the teacher's is, for the losses that read the fused state."""
+
+
+class Fusion(ABC):
+    """Mixes the experts of a frozen teacher's block anew. It writes the site `fused.<slot>`; it trains nothing."""
 
     name: ClassVar[str]
-    Params: ClassVar[type[Params]] = NoParams
+    Params: ClassVar[type[FusionParams]] = FusionParams
+
+    def __init__(self, params: Any) -> None:
+        self.params = params
+
+    @abstractmethod
+    def fuse(self, experts: Experts) -> Tensor:
+        """The fused output [n, D]; n may be 0."""
+
+    def watch(self, experts: Experts) -> Mapping[str, Tensor]:
+        """Values per row [n] whose means are logged as `fuse.<slot>/<name>`."""
+        return {}
 
 
 class Anatomy(ABC):
@@ -235,6 +296,14 @@ class Anatomy(ABC):
         """How many experts a block of a model with this configuration has; 0 where it is no mixture."""
         return 0
 
+    def mixture(self, model: nn.Module, block: int) -> Mixture | None:
+        """The experts of block `block`, counted from 0; None where it is dense."""
+        return None
+
+    @abstractmethod
+    def norm(self, model: nn.Module) -> nn.Module:
+        """The norm after the last block, whose output the head reads."""
+
     @abstractmethod
     def block_prefix(self) -> str:
         """The name of the blocks in a state dict, with a trailing dot (`model.layers.`)."""
@@ -248,8 +317,11 @@ __all__ = [
     "Aligner",
     "Alignment",
     "Anatomy",
+    "Experts",
     "Fusion",
+    "FusionParams",
     "Loss",
+    "Mixture",
     "ModelFacts",
     "Models",
     "Needs",
@@ -257,6 +329,7 @@ __all__ = [
     "Own",
     "OwnStream",
     "Params",
+    "RanksFirst",
     "Tokens",
     "Visit",
 ]

@@ -15,7 +15,7 @@ import pluggy
 
 from kdzoo.errors import PluginError, did_you_mean
 from kdzoo.plugin import hooks
-from kdzoo.plugin.contracts import Aligner, Anatomy, Fusion, Loss, Params
+from kdzoo.plugin.contracts import Aligner, Anatomy, Fusion, FusionParams, Loss, Params
 from kdzoo.plugin.discovery import Kind, PluginSource, find_plugins, refuse_clashes
 
 
@@ -164,8 +164,8 @@ def _fault(kind: Kind, thing: Any) -> str | None:
             return f"{who} has no 'families'; give it a tuple of strings"
     elif not re.fullmatch(r"[a-z][a-z0-9_]*", thing.name):
         return f"{who} is named '{thing.name}'; use lower-case letters, digits and '_'"
-    elif not _inherits(thing.Params, Params):
-        return f"{who} has 'Params' that do not inherit kdzoo.Params"
+    elif not _inherits(thing.Params, wanted := FusionParams if kind == "fusion" else Params):
+        return f"{who} has 'Params' that do not inherit kdzoo.{wanted.__name__}"
     if missing := sorted(getattr(thing, "__abstractmethods__", ())):
         return f"{who} does not implement {_quoted(missing)}"
     return None

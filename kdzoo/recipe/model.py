@@ -116,6 +116,9 @@ class LossSlot(Plugged):
     weight: float | Ramp = 1.0
     lr: float | None = Field(default=None, gt=0)
     """The peak learning rate of the modules that the loss trains. Default: the stage's."""
+    fuse: str | None = None
+    """The entry of the recipe's `fuse` whose state this loss, and the artefacts it needs, read as the teacher's last
+    state. A teacher without experts has nothing to fuse: its own state is read."""
 
 
 class Stage(Section):
@@ -148,6 +151,8 @@ class Stage(Section):
     """The parameters of `use`."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Merged over the recipe's `deepspeed` for this stage."""
+    gradients_every: int | None = Field(default=20, ge=1)
+    """Optimizer steps between two looks at each term's gradient at the student's last state, which cost a product."""
     checkpoint_every: int | None = Field(default=None, ge=1)
     """Optimizer steps between checkpoints of `distill`, which keeps one at its end in any case."""
 
@@ -192,6 +197,7 @@ class Recipe(Section):
     align: Plugged = Plugged(use="by_bytes")
     """The aligner for two tokenizers. One tokenizer needs none."""
     fuse: dict[str, Plugged] = Field(default_factory=dict)
+    """Fusions of a mixture-of-experts teacher's experts, by name. A loss reads one that its slot names."""
     losses: dict[str, LossSlot]
     stages: dict[str, Stage]
     """`distill`, and where wanted `teacher` (trained first, cached), `sft` (the student on the data alone, to

@@ -196,6 +196,12 @@ def _stages(merged: Merged) -> Iterator[str]:
 def _losses(merged: Merged) -> Iterator[str]:
     if merged.document.get("losses") == {}:
         yield fault(merged, ("losses",), "no loss is left; name at least one")
+    fusions = merged.document.get("fuse", {})
+    for at, slot in chain(merged.objects("losses", "*"), merged.objects("stages", "*", "losses", "*")):
+        name = slot.get("fuse")
+        if isinstance(name, str) and isinstance(fusions, dict) and (at[0] == "stages" or name not in fusions):
+            hint = "; only the recipe's own losses read a teacher" if at[0] == "stages" else _hint(name, fusions)
+            yield fault(merged, (*at, "fuse"), f"the recipe's 'fuse' has no '{name}'{hint}")
 
 
 def _deepspeed(merged: Merged) -> Iterator[str]:

@@ -24,7 +24,7 @@ from kdzoo.engine.loading import DTYPES
 from kdzoo.errors import ModelError, RecipeError
 from kdzoo.evaluate.generation import require_positions
 from kdzoo.models.source import LocalModel, resolve_model
-from kdzoo.plugin.contracts import Aligner, ModelFacts, Models, Needs
+from kdzoo.plugin.contracts import Aligner, Fusion, ModelFacts, Models, Needs
 from kdzoo.plugin.registry import Registry
 from kdzoo.recipe.model import LossSlot, Recipe, Source
 from kdzoo.run.loop import Collate
@@ -57,6 +57,8 @@ class Session:
     student: Party
     same_tokens: bool
     aligner: Aligner
+    fusions: Mapping[str, Fusion]
+    """The recipe's; none where the teacher is no mixture of experts."""
 
     def place_student(self, teacher_folder: Path) -> None:
         """A student that is cut from its teacher is cut from the trained one."""
@@ -86,8 +88,15 @@ class Session:
             params = loss.Params.model_validate(slot.params)
             needs = loss.needs(params, models.same_tokens)
             made = loss(params, models, artefacts.get(name, {})).to(DTYPES[self.recipe.precision])
-            slots.append(Slot(name, made, needs))
+            slots.append(Slot(name, made, needs, *self.state_and_judge(slot.fuse)))
         return slots
+
+    def state_and_judge(self, fuse: str | None) -> tuple[str, str]:
+        """The teacher's sites that a loss reads as its last state, and as its prediction."""
+        if fuse is None or fuse not in self.fusions:
+            return "hidden.last", "hidden.last"
+        state = f"fused.{fuse}"
+        return state, state if self.fusions[fuse].params.judge == "fused" else "hidden.last"
 
     def needs(self, losses: Mapping[str, LossSlot]) -> dict[str, Needs]:
         return {
@@ -101,8 +110,6 @@ class Session:
 def open_session(recipe: Recipe, registry: Registry, device: torch.device) -> Session:
     """Find or build both models' folders and load their tokenizers; everything that can be wrong with them is told."""
     check_zero(recipe)
-    if recipe.fuse:
-        raise RecipeError("fuse: no stage runs a fusion in this version; set it to null")
     with rank_0_first():
         teacher = resolve_model(
             recipe.teacher, "teacher", teacher_folder=None, anatomies=registry.anatomies, address="teacher"
@@ -127,6 +134,7 @@ def open_session(recipe: Recipe, registry: Registry, device: torch.device) -> Se
         parties["student"],
         same_tokens(parties["teacher"].encoder.tokenizer, parties["student"].encoder.tokenizer),
         aligner(aligner.Params.model_validate(recipe.align.params)),
+        open_fusions(recipe, registry, teacher.folder),
     )
     check_tokenizers(session, recipe.losses)
     for name, party in parties.items():
@@ -145,6 +153,27 @@ def experts(session: Session) -> int:
     """How many experts a block of the teacher has; 0 where it is no mixture."""
     config = AutoConfig.from_pretrained(session.teacher.model.folder)
     return session.registry.anatomies[config.model_type].experts(config)
+
+
+def open_fusions(recipe: Recipe, registry: Registry, teacher: Path) -> dict[str, Fusion]:
+    """The recipe's fusions, each on a block that has experts; none for a dense teacher."""
+    config = AutoConfig.from_pretrained(teacher)
+    anatomy = registry.anatomies.get(config.model_type)
+    if anatomy is None or not anatomy.experts(config) or not recipe.fuse:
+        return {}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    fusions = {}
+    for name, plugged in recipe.fuse.items():
+        fusion = registry.fusions[plugged.use]
+        made = fusion(fusion.Params.model_validate(plugged.params))
+        layer, count = made.params.layer, len(anatomy.blocks(model))
+        if not -count <= layer < count:
+            raise RecipeError(f"fuse.{name}.params.layer: the teacher has {count} blocks, counted from 0, not {layer}")
+        if anatomy.mixture(model, layer % count) is None:
+            raise RecipeError(f"fuse.{name}.params.layer: block {layer} of the teacher has no experts; name another")
+        fusions[name] = made
+    return fusions
 
 
 def check_tokenizers(session: Session, losses: Mapping[str, LossSlot]) -> None:

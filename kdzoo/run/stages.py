@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from kdzoo.cache import cached_folder, cached_path
 from kdzoo.data.schedule import StepPlan, plan
 from kdzoo.engine.close import release
 from kdzoo.engine.config import engine_config, frozen_config
-from kdzoo.engine.distributed import barrier, from_rank_0, rank, world
+from kdzoo.engine.distributed import added_up, barrier, from_rank_0, rank, world
 from kdzoo.engine.frozen import FrozenModel
 from kdzoo.engine.loading import load_model
 from kdzoo.engine.student import StudentEngine, build_distiller
@@ -27,6 +27,8 @@ from kdzoo.run.export import save_model
 from kdzoo.run.loop import measure, train
 from kdzoo.run.progress import say, stage_progress
 from kdzoo.run.session import Artefacts, Corpus, Party, Session, corpus, encoding_key, sizes
+from kdzoo.step.distiller import prepare, survey, teacher_sites
+from kdzoo.step.vocabulary import Slot
 
 StepLog = Callable[[str, int, dict[str, float]], None]
 """(stage, step, metrics) of every optimizer step."""
@@ -34,6 +36,9 @@ StepLog = Callable[[str, int, dict[str, float]], None]
 
 LOOKED_AT = 256
 """Training rows, at most, that a trained artefact or the teacher is measured on."""
+
+SURVEYED = 1024
+"""Training rows, at most, that a loss surveys before its first step."""
 
 
 @dataclass
@@ -76,6 +81,7 @@ def train_stage(
         same_tokens=session.same_tokens,
     )
     slots = session.slots(losses, models, ground.artefacts, seed)
+    survey_rows(slots, ground, schedule, session)
     distiller = build_distiller(module, anatomy, slots)
     engine = StudentEngine(distiller, ground.teacher, stage, losses, schedule.steps, config, session.device)
     with stage_progress(name, schedule.steps, enabled=rank() == 0) as bar:
@@ -89,6 +95,20 @@ def train_stage(
 
         train(engine, schedule, ground.rows.collate, logged)
     return engine, schedule
+
+
+def survey_rows(slots: Sequence[Slot], ground: Ground, schedule: StepPlan, session: Session) -> None:
+    """Show the first training rows to the losses that ask for it, before anything is sharded or trained."""
+    if not any(slot.needs.survey for slot in slots):
+        return
+    assert ground.teacher is not None
+    totals: dict[tuple[str, str], Tensor] = {}
+    for indices in deal(min(SURVEYED, len(ground.rows.examples)), schedule.micro_batch):
+        batch = ground.rows.collate(indices).to(session.device)
+        assert batch.teacher is not None
+        for key, value in survey(slots, batch, ground.teacher.sites(batch.teacher, teacher_sites(slots))).items():
+            totals[key] = totals[key] + value if key in totals else value
+    prepare(slots, added_up(totals, session.device))
 
 
 def stage_losses(session: Session, name: str, stage: Stage) -> dict[str, LossSlot]:
@@ -150,19 +170,29 @@ def artefact_stage(session: Session, name: str) -> tuple[Stage, str]:
 
 
 def make_artefact(
-    session: Session, name: str, insists: Mapping[str, Any], teacher: FrozenModel, teacher_key: str, log: StepLog
+    session: Session,
+    name: str,
+    insists: Mapping[str, Any],
+    fuse: str | None,
+    teacher: FrozenModel,
+    teacher_key: str,
+    log: StepLog,
 ) -> Artefact:
     """The trained module of an artefact stage, from the cache if it is there.
 
-    `insists`: the parameters that a loss fixes; they go before the stage's own.
+    `insists`: the parameters that a loss fixes; they go before the stage's own. `fuse`: the fusion whose states it is
+    trained on, which is the loss's.
     """
     stage, use = artefact_stage(session, name)
-    losses = {name: LossSlot(use=use, params={**stage.params, **insists})}
+    fuse = fuse if fuse in session.fusions else None
+    losses = {name: LossSlot(use=use, params={**stage.params, **insists}, fuse=fuse)}
     needs = session.needs(losses)[name]
     address = f"stages.{name}.data" if stage.data else "data.train"
     source = stage.data or session.recipe.data.train
     rows = corpus(session, source, address, student=None, teacher=session.teacher, rows=needs.rows)
     content = {"teacher": teacher_key, "rows": rows.fingerprint, **common_key(session, stage, losses, session.teacher)}
+    if fuse is not None:
+        content["fusion"] = session.recipe.fuse[fuse].model_dump(mode="json")
     held_out = session.recipe.data.held_out
     if held_out is not None:
         held = corpus(session, held_out, "data.held_out", student=None, teacher=session.teacher, rows=needs.rows)
@@ -172,9 +202,9 @@ def make_artefact(
     if not found:
         engine, schedule = train_stage(session, name, stage, losses, Ground(None, None, teacher, rows, {}), log)
         looked_at = min(LOOKED_AT, len(rows.examples), *([] if held_out is None else [len(held.examples)]))
-        report = {"train": measure(engine, _dealt(looked_at, schedule), rows.collate)}
+        report = {"train": measure(engine, deal(looked_at, schedule.micro_batch), rows.collate)}
         if held_out is not None:
-            report["held_out"] = measure(engine, _dealt(len(held.examples), schedule), held.collate)
+            report["held_out"] = measure(engine, deal(len(held.examples), schedule.micro_batch), held.collate)
         state = engine.state(f"losses.{name}.")
         if rank() == 0:
 
@@ -195,11 +225,11 @@ def make_artefact(
     return artefact
 
 
-def _dealt(count: int, schedule: StepPlan) -> list[list[int]]:
+def deal(count: int, micro_batch: int) -> list[list[int]]:
     """The first `count` rows dealt out to this rank in micro-batches, as many on every rank."""
-    stride = schedule.micro_batch * world()
-    starts = range(rank() * schedule.micro_batch, -(-count // stride) * stride, stride)
-    return [list(range(start, min(start + schedule.micro_batch, count))) for start in starts]
+    stride = micro_batch * world()
+    starts = range(rank() * micro_batch, -(-count // stride) * stride, stride)
+    return [list(range(start, min(start + micro_batch, count))) for start in starts]
 
 
 def common_key(session: Session, stage: Stage, losses: Mapping[str, LossSlot], party: Party) -> dict[str, Any]:
@@ -207,9 +237,12 @@ def common_key(session: Session, stage: Stage, losses: Mapping[str, LossSlot], p
     return {
         "kdzoo": kdzoo.__version__,
         "stage": stage.model_dump(
-            mode="json", exclude={"deepspeed", "micro_batch", "checkpoint_every", "data", "losses", "use", "params"}
+            mode="json",
+            exclude={"deepspeed", "micro_batch", "gradients_every", "checkpoint_every"}
+            | {"data", "losses", "use", "params", "seed"},
         ),
-        "losses": {name: slot.model_dump(mode="json") for name, slot in losses.items()},
+        # What a fusion is called is no part of it.
+        "losses": {name: slot.model_dump(mode="json", exclude={"fuse"}) for name, slot in losses.items()},
         "seed": session.recipe.seed if stage.seed is None else stage.seed,
         "precision": session.recipe.precision,
         "encoding": encoding_key(session, party),
@@ -222,4 +255,6 @@ def open_frozen(session: Session, folder: Path, always_sharded: bool) -> FrozenM
     config = frozen_config(session.recipe, session.recipe.stages["distill"])
     if not always_sharded and world() == 1:
         config = {**config, "zero_optimization": {"stage": 0}}
-    return FrozenModel(folder, session.registry.anatomies, session.recipe.precision, config, session.device)
+    return FrozenModel(
+        folder, session.registry.anatomies, session.recipe.precision, config, session.device, session.fusions
+    )

@@ -38,6 +38,13 @@ class Side:
     def __len__(self) -> int:
         return self.rows.shape[0]
 
+    def every_token(self) -> Side:
+        """The same sequences with a row for every real token, prompts included. Labels are unknown there (-100)."""
+        rows = self.attention_mask.flatten().nonzero().squeeze(-1)
+        ids, nothing = self.input_ids.flatten()[rows], torch.full_like(rows, -100)
+        sample = rows // self.input_ids.shape[1]
+        return Side(self.input_ids, self.attention_mask, rows, nothing, ids, sample, torch.full_like(rows, -1))
+
     def to(self, device: torch.device | str) -> Side:
         return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 

@@ -2,61 +2,230 @@
 
 Sites: `hidden.last` (after the final norm: what the head reads), `hidden.<k>` (output of block k), `embed.input` and
 `embed.target` (table rows of the token at, and the token predicted by, each row), `embed.zero` (table row of token 0,
-[1, width]) and, with `@all`, a hidden site at every position, prompt and padding included ([B * T, width]).
+[1, width]). Of a block that mixes experts: `experts.<k>` or `experts.last` (every expert's own output, [rows, experts,
+width]), `router.<k>` (the router's logits, [rows, experts]), and `fused.<slot>` (what a fusion makes of them). With
+`@all`, the same at every position, prompt and padding included ([B * T, ...]); embeddings have no such form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kdzoo.errors import KdzooError
-from kdzoo.plugin.contracts import Anatomy
+from kdzoo.plugin.contracts import Anatomy, Experts, Fusion, Mixture
 from kdzoo.step.batch import Side
 
+NO_FUSIONS: Mapping[str, Fusion] = MappingProxyType({})
 
-def capture(model: nn.Module, anatomy: Anatomy, side: Side, sites: Iterable[str]) -> dict[str, Tensor]:
-    """Run the model's backbone (never its head) on `side` and return every site asked for."""
-    wanted = sorted(set(sites))
-    blocks = {block for site in wanted if (block := _block_of(site)) is not None}
-    kept: dict[int, Tensor] = {}
 
-    def keep(index: int, _module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-        # With gradient checkpointing the hook fires again in the backward pass: the first output is the one in use.
-        kept.setdefault(index, output if isinstance(output, Tensor) else output[0])
+def capture(
+    model: nn.Module,
+    anatomy: Anatomy,
+    side: Side,
+    sites: Iterable[str],
+    fusions: Mapping[str, Fusion] = NO_FUSIONS,
+) -> dict[str, Tensor]:
+    """Run the model's backbone (never its head) on `side` and return every site asked for.
 
-    modules = anatomy.blocks(model) if blocks else nn.ModuleList()
-    for index in blocks:
-        if not -len(modules) <= index < len(modules):
-            raise KdzooError(f"site 'hidden.{index}': the model has {len(modules)} blocks, counted from 0")
-    handles = [modules[index].register_forward_hook(partial(keep, index)) for index in blocks]
-    try:
+    With a site `fused.<slot>` comes `fused.<slot>/<name>` [rows] for everything that its fusion watches.
+    """
+    wanted = [_Site.of(name) for name in sorted(set(sites))]
+    count = len(anatomy.blocks(model))
+    blocks = {
+        site: _place(site.block, count, site.name)
+        for site in wanted
+        if site.kind == "hidden" and site.block is not None
+    }
+    mixed = {site: _mixed_block(site, fusions, count) for site in wanted if site.of_experts}
+    outputs: dict[int, Tensor] = {}
+    mixtures: dict[int, _Mixed] = {}
+    with ExitStack() as hooks:
+        for index in set(blocks.values()):
+            handle = anatomy.blocks(model)[index].register_forward_hook(partial(_keep_output, outputs, index))
+            hooks.callback(handle.remove)
+        for index in set(mixed.values()):
+            mixture = anatomy.mixture(model, index)
+            if mixture is None:
+                name = next(site.name for site, block in mixed.items() if block == index)
+                raise KdzooError(f"site '{name}': block {index} of the model has no experts")
+            everywhere = any(site.everywhere for site, block in mixed.items() if block == index)
+            mixtures[index] = _Mixed(mixture, None if everywhere else side.rows)
+            mixtures[index].listen(hooks)
+        fused: dict[str, Tensor] = {}
+        norm = anatomy.norm(model)
+
+        def finish(_module: nn.Module, _args: object) -> None:
+            for site, block in mixed.items():
+                if site.kind == "fused":
+                    rows = None if site.everywhere else side.rows
+                    fused[site.name] = mixtures[block].fused(fusions[site.part], norm, rows)
+
+        # Here a sharded norm is whole; called once more after the pass, it would stay so where it is not called again.
+        hooks.callback(norm.register_forward_pre_hook(finish).remove)
         last = anatomy.backbone(model)(
             input_ids=side.input_ids, attention_mask=side.attention_mask, use_cache=False
         ).last_hidden_state
-    finally:
-        for handle in handles:
-            handle.remove()
 
     found: dict[str, Tensor] = {}
     for site in wanted:
-        name, _, everywhere = site.partition("@")
-        if name.startswith("hidden."):
-            block = _block_of(site)
-            every = (last if block is None else kept[block]).flatten(0, 1)
-            found[site] = every if everywhere else every[side.rows]
-        elif name in ("embed.input", "embed.target", "embed.zero"):
-            ids = {"embed.input": side.inputs, "embed.target": side.labels, "embed.zero": side.rows.new_zeros(1)}
-            found[site] = anatomy.embedding(model)(ids[name]) / anatomy.embed_scale(model)
+        if site.kind == "hidden":
+            every = (outputs[blocks[site]] if site in blocks else last).flatten(0, 1)
+            found[site.name] = every if site.everywhere else every[side.rows]
+        elif site.kind == "embed":
+            ids = {"input": side.inputs, "target": side.labels, "zero": side.rows.new_zeros(1)}
+            found[site.name] = anatomy.embedding(model)(ids[site.part]) / anatomy.embed_scale(model)
         else:
-            raise KdzooError(
-                f"site '{site}': no such site; there are hidden.last, hidden.<block>, embed.input, embed.target"
-            )
+            mix, rows = mixtures[mixed[site]], None if site.everywhere else side.rows
+            if site.kind == "fused":
+                fusion = fusions[site.part]
+                found[site.name] = fused[site.name]
+                if not site.everywhere:
+                    watched = fusion.watch(mix.experts(rows))
+                    found |= {f"{site.name}/{name}": value for name, value in watched.items()}
+            else:
+                experts = mix.experts(rows)
+                found[site.name] = experts.outputs if site.kind == "experts" else experts.logits
     return found
 
 
-def _block_of(site: str) -> int | None:
-    name = site.partition("@")[0].removeprefix("hidden.")
-    return int(name) if name.lstrip("-").isdigit() else None
+@dataclass(frozen=True)
+class _Site:
+    """A site's name, taken apart."""
+
+    name: str
+    kind: str  # hidden, embed, experts, router, fused
+    part: str
+    everywhere: bool
+
+    @classmethod
+    def of(cls, name: str) -> _Site:
+        base, _, everywhere = name.partition("@")
+        kind, _, part = base.partition(".")
+        by_block = part == "last" or part.lstrip("-").isdigit()
+        known = {
+            "hidden": by_block,
+            "experts": by_block,
+            "router": by_block,
+            "embed": part in ("input", "target", "zero") and not everywhere,
+            "fused": bool(part),
+        }
+        if not known.get(kind, False) or everywhere not in ("", "all"):
+            raise KdzooError(
+                f"site '{name}': no such site; there are hidden.last, hidden.<block>, embed.input, embed.target, "
+                "experts.<block>, router.<block>, fused.<slot>"
+            )
+        return cls(name, kind, part, bool(everywhere))
+
+    @property
+    def of_experts(self) -> bool:
+        return self.kind in ("experts", "router", "fused")
+
+    @property
+    def block(self) -> int | None:
+        """As it was written; None for the last state of all."""
+        return None if self.part == "last" else int(self.part)
+
+
+def _mixed_block(site: _Site, fusions: Mapping[str, Fusion], count: int) -> int:
+    if site.kind == "fused" and site.part not in fusions:
+        raise KdzooError(f"site '{site.name}': the recipe's 'fuse' has no '{site.part}'")
+    named = fusions[site.part].params.layer if site.kind == "fused" else site.block
+    return _place(-1 if named is None else named, count, site.name)
+
+
+def _place(block: int, count: int, name: str) -> int:
+    """A block counted from 0."""
+    if not -count <= block < count:
+        raise KdzooError(f"site '{name}': the model has {count} blocks, counted from 0")
+    return block % count
+
+
+def _keep_output(
+    outputs: dict[int, Tensor], index: int, _module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]
+) -> None:
+    # With gradient checkpointing the hook fires again in the backward pass: the first output is the one in use.
+    outputs.setdefault(index, output if isinstance(output, Tensor) else output[0])
+
+
+class _Mixed:
+    """One block of experts while the model runs: all of them, on `rows` of [B * T] (None: on every position).
+
+    A sharded module is whole only while it runs, and the engine expects modules in the same order at every pass: so
+    experts run inside the model's own call of them, by their `forward`, which the engine does not see.
+    """
+
+    def __init__(self, mixture: Mixture, rows: Tensor | None) -> None:
+        self._mixture = mixture
+        self._rows = rows
+        self._stream: Tensor | None = None
+        self._input: Tensor | None = None
+        self._routing: tuple[Tensor, Tensor, Tensor] | None = None
+        self._experts: Experts | None = None
+        self._shared: Tensor | None = None
+
+    def listen(self, hooks: ExitStack) -> None:
+        mixture = self._mixture
+        for handle in (
+            mixture.norm.register_forward_pre_hook(self._keep_stream),
+            mixture.block.register_forward_pre_hook(self._keep_input),
+            mixture.router.register_forward_hook(self._keep_routing),
+            mixture.experts.register_forward_pre_hook(self._run_experts),
+        ):
+            hooks.callback(handle.remove)
+
+    def _keep_stream(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._stream = self._cut(args[0].flatten(0, 1))
+
+    def _keep_input(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._input = self._cut(args[0].flatten(0, 1))
+        self._shared = None if self._mixture.shared is None else self._mixture.shared(self._input)
+
+    def _keep_routing(self, _module: nn.Module, _args: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        logits, weights, routed = output
+        self._routing = self._cut(logits), self._cut(weights), self._cut(routed)
+
+    def _run_experts(self, module: nn.Module, _args: object) -> None:
+        assert self._input is not None and self._routing is not None
+        logits, weights, routed = self._routing
+        dense = torch.zeros_like(logits, dtype=weights.dtype).scatter(1, routed, weights)
+        self._experts = Experts(_every_expert(module, self._input, logits.shape[-1]), logits, dense)
+
+    def _cut(self, flat: Tensor) -> Tensor:
+        return flat if self._rows is None else flat[self._rows]
+
+    def _at(self, rows: Tensor | None) -> Any:
+        """The index of `rows` into what was kept."""
+        return rows if self._rows is None and rows is not None else slice(None)
+
+    def experts(self, rows: Tensor | None) -> Experts:
+        assert self._experts is not None
+        at = self._at(rows)
+        return Experts(self._experts.outputs[at], self._experts.logits[at], self._experts.weights[at])
+
+    def fused(self, fusion: Fusion, norm: nn.Module, rows: Tensor | None) -> Tensor:
+        """The state [n, D] that the fused output leads to."""
+        state = fusion.fuse(self.experts(rows))
+        if fusion.params.into == "alone":
+            return state
+        assert self._stream is not None
+        at = self._at(rows)
+        if self._shared is not None:
+            state = state + self._shared[at]
+        return norm.forward(self._stream[at] + state)
+
+
+def _every_expert(experts: nn.Module, x: Tensor, count: int) -> Tensor:
+    """Every expert's output [n, E, D], routed to or not, on rows x [n, D]."""
+    n, width = x.shape
+    # One call with E copies of the rows, the m-th of them sent to expert m with weight 1.
+    which = torch.arange(count, device=x.device).repeat_interleave(n)[:, None]
+    ones = torch.ones_like(which, dtype=x.dtype)
+    return experts.forward(x.repeat(count, 1), which, ones).view(count, n, width).transpose(0, 1)

@@ -46,10 +46,12 @@ class Distiller(nn.Module):
         teacher_head: Head | None,
         weights: Mapping[str, float],
         report: Report,
+        apart: bool = False,
     ) -> Tensor:
         """The loss of one micro-batch, divided by the global counts, so that micro-batches and ranks add up.
 
-        `report` is filled with terms and watched values.
+        `report` is filled with terms and watched values; with `apart`, and once the loss has gone backward, also with
+        each slot's gradient at the student's last state.
         """
         heads = {} if teacher_head is None else {"teacher": teacher_head}
         sites: dict[str, Tensor] = {}
@@ -58,7 +60,14 @@ class Distiller(nn.Module):
             wanted = {"hidden.last"}.union(*(slot.needs.student for slot in self.slots))
             sites = capture(self.student, self.anatomy, batch.student, wanted)
             heads["student"] = self.head
-        return self.score(Call(batch, sites, teacher, heads, weights, report))
+        for site, value in teacher.items():  # what fusions watch
+            fused, _, name = site.removeprefix("fused.").partition("/")
+            if name:
+                report.watch(f"fuse.{fused}/{name}", value)
+        loss = self.score(Call(batch, sites, teacher, heads, weights, report, apart))
+        if apart:
+            report.listen_to_scale(loss)
+        return loss
 
     def score(self, call: Call) -> Tensor:
         """From the sites of both models to the loss."""
@@ -80,4 +89,22 @@ class Distiller(nn.Module):
 
 def teacher_sites(slots: Sequence[Slot]) -> frozenset[str]:
     """Everything that the losses want of the teacher; its last state is always there, for its head."""
-    return frozenset({"hidden.last"}).union(*(slot.needs.teacher for slot in slots))
+    return frozenset({"hidden.last"}).union(*(slot.teacher_sites for slot in slots))
+
+
+def survey(slots: Sequence[Slot], batch: Batch, teacher: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+    """(slot, name) -> what the losses that survey sum up over this batch, in float64."""
+    call = Call(batch, {}, teacher, {}, {}, Report())
+    return {
+        (slot.name, name): value.double()
+        for slot in slots
+        if slot.needs.survey
+        for name, value in slot.loss.survey(batch, call.views(slot)[1]).items()
+    }
+
+
+def prepare(slots: Sequence[Slot], sums: Mapping[tuple[str, str], Tensor]) -> None:
+    """Hand each loss that surveys its sums over all batches and ranks."""
+    for slot in slots:
+        if slot.needs.survey:
+            slot.loss.prepare({name: value.cpu() for (owner, name), value in sums.items() if owner == slot.name})

@@ -8,27 +8,37 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from kdzoo.errors import KdzooError, did_you_mean
 from kdzoo.step.batch import Side
 from kdzoo.step.head import Head
 from kdzoo.step.ops import is_top
 
 FACTS = ("teacher.top1", "teacher.correct", "teacher.label_logprob", "teacher.entropy")
+"""`teacher.correct@k`: the gold token is among the first k. `teacher.label_logprob@t`: at temperature t."""
 
 
 def facts_of(
-    logits: Tensor, labels: Tensor, wanted: frozenset[str], logprobs: Callable[[], Tensor]
+    logits: Tensor, labels: Tensor, wanted: frozenset[str], logprobs: Callable[[float], Tensor]
 ) -> dict[str, Tensor]:
-    """The wanted facts of rows with `logits` [n, W] and gold tokens `labels` [n]; `logprobs` is asked if needed."""
+    """The wanted facts of rows with `logits` [n, W] and gold tokens `labels` [n].
+
+    `logprobs` is asked, for a temperature, if it is needed.
+    """
     facts: dict[str, Tensor] = {}
-    if "teacher.top1" in wanted:
-        facts["teacher.top1"] = logits.argmax(-1)
-    if "teacher.correct" in wanted:
-        facts["teacher.correct"] = is_top(logits, labels)
-    if "teacher.label_logprob" in wanted:
-        facts["teacher.label_logprob"] = logprobs().gather(-1, labels[:, None]).squeeze(-1)
-    if "teacher.entropy" in wanted:
-        log_p = logprobs()
-        facts["teacher.entropy"] = -torch.linalg.vecdot(log_p.exp(), log_p.clamp_min(torch.finfo(log_p.dtype).min))
+    for fact in sorted(wanted):
+        name, _, option = fact.partition("@")
+        match name:
+            case "teacher.top1":
+                facts[fact] = logits.argmax(-1)
+            case "teacher.correct":
+                facts[fact] = is_top(logits, labels, int(option or 1))
+            case "teacher.label_logprob":
+                facts[fact] = logprobs(float(option or 1)).gather(-1, labels[:, None]).squeeze(-1)
+            case "teacher.entropy":
+                log_p = logprobs(1.0)
+                facts[fact] = -torch.linalg.vecdot(log_p.exp(), log_p.clamp_min(torch.finfo(log_p.dtype).min))
+            case _:
+                raise KdzooError(f"fact '{fact}': no such fact{did_you_mean(name, FACTS)}")
     return facts
 
 
@@ -45,14 +55,15 @@ def carry_by_spans(facts: Mapping[str, Tensor], student: Side, teacher: Side) ->
     place = torch.where(student.span >= 0, student.span, outside)
     carried: dict[str, Tensor] = {}
     for name, fact in facts.items():
-        if name == "teacher.top1":
+        kind = name.partition("@")[0]
+        if kind == "teacher.top1":
             continue
         values = fact[inside].to(torch.float32 if fact.dtype == torch.bool else fact.dtype)
         total = values.new_zeros(outside + 1).index_add(0, index, values)
         count = values.new_zeros(outside + 1).index_add(0, index, torch.ones_like(values))
-        if name == "teacher.correct":
+        if kind == "teacher.correct":
             carried[name] = (total == count)[place]
-        elif name == "teacher.entropy":
+        elif kind == "teacher.entropy":
             carried[name] = (total / count.clamp_min(1))[place]
         else:
             carried[name] = total[place]
@@ -67,5 +78,9 @@ def judge(hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int) -> dict[
     parts = []
     for rows, gold in zip(hidden.split(size), labels.split(size), strict=True):
         logits = head.finish(rows @ head.weight.t(), head.bias)
-        parts.append(facts_of(logits, gold, wanted, partial(torch.log_softmax, logits, -1)))
+        parts.append(facts_of(logits, gold, wanted, partial(_logprobs, logits)))
     return {name: torch.cat([part[name] for part in parts]) for name in sorted(wanted)}
+
+
+def _logprobs(logits: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(logits / temperature, -1)

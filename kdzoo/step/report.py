@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -21,16 +21,70 @@ class Report:
     watched: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """`<slot>/<name>` -> (total, count)."""
 
+    norms: dict[str, Tensor] = field(default_factory=dict)
+    """`<slot>/gradient_at_state` -> this micro-batch's part of the squared norm: that of a slot's weighted terms, for
+    the student's last states."""
+    _apart: dict[str, Tensor] = field(default_factory=dict)
+    _scale: Tensor | None = None
+
     def take(self, slot: str, terms: Terms, counts: Mapping[Per, float]) -> None:
         for name, (value, per) in terms.sums.items():
             key = f"{slot}/{name}"
             share = value.detach() / max(counts[per], 1.0)
             self.terms[key] = self.terms[key] + share if key in self.terms else share
         for name, (total, count) in terms.watched.items():
-            key = f"{slot}/{name}"
-            if key in self.watched:
-                total, count = self.watched[key][0] + total, self.watched[key][1] + count
-            self.watched[key] = (total, count)
+            self._add_watched(f"{slot}/{name}", total, count)
+
+    def watch(self, key: str, values: Tensor) -> None:
+        """Values of rows, by their mean."""
+        self._add_watched(key, values.sum(), torch.tensor(float(len(values)), device=values.device))
+
+    def _add_watched(self, key: str, total: Tensor, count: Tensor) -> None:
+        if key in self.watched:
+            total, count = self.watched[key][0] + total, self.watched[key][1] + count
+        self.watched[key] = (total, count)
+
+    # A slot's gradient at the student's last state has two parts: from the student's own rows, which the pass makes
+    # chunk by chunk, and from what the slot computes of the state itself, which arrives with the backward pass.
+
+    def gradient_of(self, slot: str, state: Tensor) -> Tensor:
+        """What is known so far of the slot's gradient at `state`, to be added to."""
+        if slot not in self._apart:
+            self._apart[slot] = torch.zeros_like(state, requires_grad=False)
+        return self._apart[slot]
+
+    @property
+    def scale(self) -> Tensor:
+        """What the engine has multiplied the loss with before the backward pass that is under way."""
+        assert self._scale is not None
+        return self._scale
+
+    def listen(self, slot: str, state: Tensor) -> Tensor:
+        """The same state, of which what comes back is kept as this slot's."""
+        if not (state.requires_grad and torch.is_grad_enabled()):
+            return state
+        alias = state.view_as(state)
+        alias.register_hook(lambda gradient: self._hear(slot, gradient))
+        return alias
+
+    def _hear(self, slot: str, gradient: Tensor) -> None:
+        self.gradient_of(slot, gradient).add_(gradient / self.scale)
+
+    def listen_to_scale(self, loss: Tensor) -> None:
+        if loss.requires_grad:
+            loss.register_hook(self._keep_scale)
+
+    def _keep_scale(self, gradient: Tensor) -> None:
+        self._scale = gradient.detach()
+
+    def close_gradients(self, slots: Iterable[str]) -> None:
+        """After the backward pass of a micro-batch."""
+        for slot in slots:
+            key = f"{slot}/gradient_at_state"
+            gradient = self._apart.get(slot)
+            square = torch.zeros((), dtype=torch.float64) if gradient is None else gradient.double().square().sum()
+            self.norms[key] = self.norms[key] + square if key in self.norms else square
+        self._apart.clear()
 
 
 def weighted_sum(terms: Terms, weight: float, counts: Mapping[Per, float]) -> Tensor | None:

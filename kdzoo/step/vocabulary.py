@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from kdzoo.plugin.contracts import Loss, Needs, Visit
 from kdzoo.step.batch import Batch
 from kdzoo.step.chunk import Chunk
-from kdzoo.step.facts import facts_of
+from kdzoo.step.facts import facts_of, judge
 from kdzoo.step.head import Head
 from kdzoo.step.report import Report, weighted_sum
 from kdzoo.step.terms import Terms
@@ -56,6 +57,29 @@ class Slot:
     name: str
     loss: Loss
     needs: Needs
+    state: str = "hidden.last"
+    """The teacher's site that the loss reads as `hidden.last`: its own, or a fused one."""
+    judge: str = "hidden.last"
+    """The teacher's site whose logits are the teacher's prediction."""
+
+    @property
+    def teacher_sites(self) -> frozenset[str]:
+        """All that the teacher must capture for this slot."""
+        return frozenset({self.judge, *(self.stands_for(site) for site in self.needs.teacher)})
+
+    def stands_for(self, site: str) -> str:
+        """The site that is behind one that the loss declares."""
+        name, at, everywhere = site.partition("@")
+        return f"{self.state}{at}{everywhere}" if name == "hidden.last" else site
+
+    @property
+    def judge_stream(self) -> str:
+        return "teacher" if self.judge == "hidden.last" else f"teacher {self.judge}"
+
+    def facts(self, training: bool) -> frozenset[str]:
+        """The teacher's facts that it reads."""
+        shown = (visit for visit in self.needs.visits if not (visit.report_only and training))
+        return frozenset(self.needs.facts).union(*(visit.facts for visit in shown))
 
     @property
     def streams_wait(self) -> bool:
@@ -80,6 +104,8 @@ class Call:
     weights: Mapping[str, float]
     """Slot -> weight at this optimizer step."""
     report: Report
+    apart: bool = False
+    """Whether each slot's gradient at the student's last state is kept apart, in the report."""
     facts: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
     """Slot -> the teacher's facts, on student rows where there is a student. Filled by the pass."""
     row_names: list[tuple[str, str]] = field(default_factory=list)
@@ -90,9 +116,13 @@ class Call:
         student, teacher = self.batch.student, self.batch.teacher
         present = student if student is not None else teacher
         assert present is not None
+        ours = self.student
+        if self.apart and ours:
+            ours = {**ours, "hidden.last": self.report.listen(slot.name, ours["hidden.last"])}
+        theirs = {site: self.teacher[slot.stands_for(site)] for site in slot.needs.teacher} if self.teacher else {}
         return (
-            View(present if student is None else student, self.student, slot.name, slot.needs.student),
-            View(present if teacher is None else teacher, self.teacher, slot.name, slot.needs.teacher),
+            View(present if student is None else student, ours, slot.name, slot.needs.student),
+            View(present if teacher is None else teacher, theirs, slot.name, slot.needs.teacher),
         )
 
 
@@ -151,6 +181,9 @@ class _Seen:
 
 Rows = Mapping[str, Index]
 """One chunk: axis -> which of its rows. Rows of two axes in one chunk are pairs."""
+
+Facts = dict[tuple[str, str], Tensor]
+"""(stream that judges, fact) -> one value per teacher row."""
 
 
 @dataclass(frozen=True)
@@ -230,9 +263,14 @@ class _Walk:
                 self.streams["teacher"] = _Stream(states, batch.teacher.labels, "teacher", "teacher", False)
         elif batch.teacher is not None:
             self.streams["teacher"] = _Stream(hidden, batch.teacher.labels, "teacher", "teacher", False)
+        if batch.teacher is not None:
+            for slot in owner.slots:
+                if slot.judge_stream != "teacher":
+                    states, labels = call.teacher[slot.judge], batch.teacher.labels
+                    self.streams[slot.judge_stream] = _Stream(states, labels, "teacher", "teacher", False)
         self.total = hidden.new_zeros((), dtype=_at_least_float32(hidden.dtype))
         self.gradients = _Gradients(self.streams, call.heads)
-        self.facts: dict[str, Tensor] = {}
+        self.facts: Facts = {}
         self._values: dict[tuple[str, str], list[tuple[Index, Tensor]]] = {}
         self._length_of_value: dict[tuple[str, str], int] = {}
         self._again: list[tuple[Rows, list[_Seen]]] = []
@@ -241,9 +279,8 @@ class _Walk:
 
     def run(self) -> None:
         slots = self.owner.slots
-        wanted = frozenset(
-            fact for slot in slots for fact in (*slot.needs.facts, *(f for v in slot.needs.visits for f in v.facts))
-        )
+        training = torch.is_grad_enabled()
+        wanted = frozenset((slot.judge_stream, fact) for slot in slots for fact in slot.facts(training))
         for slot in slots:
             if not slot.streams_wait:
                 self._add_streams(slot, {})
@@ -287,7 +324,8 @@ class _Walk:
         for visit in slot.needs.visits:
             if visit.report_only and torch.is_grad_enabled():
                 continue
-            names = {name: name if name in ("student", "teacher") else f"{slot.name}/{name}" for name in visit.streams}
+            models = {"student": "student", "teacher": slot.judge_stream}
+            names = {name: models.get(name, f"{slot.name}/{name}") for name in visit.streams}
             if all(name in self.streams for name in names.values()):
                 axes = {self.streams[name].axis for name in names.values()}
                 assert len(axes) == 1 or axes <= {"student", "teacher"}, (
@@ -301,16 +339,20 @@ class _Walk:
     def _axes(self, seen: _Seen) -> set[str]:
         return {self.streams[name].axis for name in seen.streams.values()}
 
-    def _carry_facts(self, wanted: frozenset[str]) -> None:
+    def _carry_facts(self, wanted: frozenset[tuple[str, str]]) -> None:
         """The facts as each loss will see them: on student rows where there is a student."""
         batch = self.call.batch
         for slot in self.owner.slots:
             if slot.name in self.call.facts or not wanted or not self.facts:
                 continue
-            if batch.student is None or batch.same_tokens:
-                self.call.facts[slot.name] = self.facts
-            else:
-                self.call.facts[slot.name] = slot.loss.carry_facts(batch, *self.call.views(slot), self.facts)
+            own = {fact: value for (stream, fact), value in self.facts.items() if stream == slot.judge_stream}
+            if batch.student is not None and not batch.same_tokens:
+                own = dict(slot.loss.carry_facts(batch, *self.call.views(slot), own, self._ranks_first))
+            self.call.facts[slot.name] = own
+
+    def _ranks_first(self, states: Tensor, labels: Tensor) -> Tensor:
+        head = self.call.heads["student"]
+        return judge(states.detach(), head, labels, self.owner.chunk_bytes)["teacher.correct"]
 
     # Which rows go together.
 
@@ -346,23 +388,25 @@ class _Walk:
 
     # One walk: chunk after chunk.
 
-    def _walk(self, cut: Callable[[int], Iterator[Rows]], seen: list[_Seen], wanted: frozenset[str]) -> None:
-        names = {name for s in seen for name in s.streams.values()} | ({"teacher"} if wanted else set())
+    def _walk(
+        self, cut: Callable[[int], Iterator[Rows]], seen: list[_Seen], wanted: frozenset[tuple[str, str]]
+    ) -> None:
+        names = {name for s in seen for name in s.streams.values()} | {stream for stream, _ in wanted}
         if not names:
             return
         width = sum(self.call.heads[self.streams[name].head].weight.shape[0] for name in names)
         size = self.owner.chunk_rows(width)
-        facts: list[dict[str, Tensor]] = []
+        facts: list[Facts] = []
         for rows in cut(size):
             facts.append(self._chunk(rows, sorted(names), seen, wanted))
         if wanted and not self.facts:
             self.facts = {name: torch.cat([part[name] for part in facts]) for name in sorted(wanted)}
 
-    def _chunk(self, rows: Rows, names: list[str], seen: list[_Seen], wanted: frozenset[str]) -> dict[str, Tensor]:
+    def _chunk(self, rows: Rows, names: list[str], seen: list[_Seen], wanted: frozenset[tuple[str, str]]) -> Facts:
         names = [name for name in names if self.streams[name].axis in rows]
         products = self._products(rows, names)
         received: set[str] = set()
-        facts: list[dict[str, Tensor]] = []
+        facts: list[Facts] = []
         for tile in self._tiles(rows, products):
             facts.append(self._tile(tile, names, products, seen, wanted, received))
         for name in received:
@@ -375,19 +419,19 @@ class _Walk:
         names: list[str],
         products: Mapping[str, Tensor],
         seen: list[_Seen],
-        wanted: frozenset[str],
+        wanted: frozenset[tuple[str, str]],
         received: set[str],
-    ) -> dict[str, Tensor]:
+    ) -> Facts:
         """Every loss on one tile; the gradients of its logits replace its products, and `received` says whose."""
         leaves, logits = self._logits(tile, names, products)
         shared: dict[tuple[str, float], Tensor] = {}
-        facts: dict[str, Tensor] = {}
-        if wanted and "teacher" in logits:
-            teacher = Chunk.of_one("teacher", logits["teacher"], self._labels("teacher", tile.rows), shared)
+        facts: Facts = {}
+        for name in {stream for stream, _ in wanted} & logits.keys():
+            own = Chunk.of_one(name, logits[name], self._labels(name, tile.rows), shared)
+            asked = frozenset(fact for stream, fact in wanted if stream == name)
             with torch.no_grad():
-                facts = facts_of(
-                    logits["teacher"], teacher.labels("teacher"), wanted, lambda: teacher.logprobs("teacher")
-                )
+                found = facts_of(logits[name], own.labels(name), asked, partial(own.logprobs, name))
+            facts |= {(name, fact): value for fact, value in found.items()}
         sums: list[Tensor] = []
         again: list[_Seen] = []
         # Plain sums first: a softmax that they share with values of rows must be made where gradients are.
@@ -402,6 +446,8 @@ class _Walk:
                 self.call.report.take(s.slot.name, terms, self.call.batch.counts)
                 if value is not None:
                     sums.append(value)
+                    if self.call.apart:
+                        self._keep_apart(s, tile.rows, leaves, [value], [None], 1.0)
             else:
                 with torch.no_grad():
                     self._keep_values(s, tile.rows, _per_row(s, chunk))
@@ -457,19 +503,37 @@ class _Walk:
             logits[name] = head.finish(product, bias)
         return leaves, logits
 
-    def _show(
-        self, seen: _Seen, rows: Rows, logits: Mapping[str, Tensor], facts: Mapping[str, Tensor], shared: dict
-    ) -> Chunk:
+    def _show(self, seen: _Seen, rows: Rows, logits: Mapping[str, Tensor], facts: Facts, shared: dict) -> Chunk:
         if seen.visit.facts and "student" in self._axes(seen) and not self.call.batch.same_tokens:
             carried = self.call.facts[seen.slot.name]
-            facts = {name: carried[name][rows["student"]] for name in seen.visit.facts}
+            shown = {name: carried[name][rows["student"]] for name in seen.visit.facts}
+        else:
+            shown = {name: facts[seen.slot.judge_stream, name] for name in seen.visit.facts}
         return Chunk(
             {local: logits[name] for local, name in seen.streams.items()},
             {local: self._labels(name, rows) for local, name in seen.streams.items()},
-            {name: facts[name] for name in seen.visit.facts},
+            shown,
             shared,
             seen.streams,
         )
+
+    def _keep_apart(
+        self,
+        seen: _Seen,
+        rows: Rows,
+        leaves: _Leaves,
+        outputs: list[Tensor],
+        output_gradients: list[Tensor | None],
+        scale: Tensor | float,
+    ) -> None:
+        """One slot's gradient at the student's own rows. (Its own streams reach the state through its view.)"""
+        if "student" not in leaves.products or not any(output.requires_grad for output in outputs):
+            return
+        product = leaves.products["student"]
+        (found,) = torch.autograd.grad(outputs, [product], output_gradients, retain_graph=True, allow_unused=True)
+        if found is not None:
+            gradient = self.call.report.gradient_of(seen.slot.name, self.streams["student"].hidden)
+            gradient[rows["student"]] += found @ self.call.heads["student"].weight.detach() / scale
 
     def _replace(
         self,
@@ -551,6 +615,7 @@ class _Walk:
                     outputs: list[Tensor] = []
                     output_gradients: list[Tensor | None] = []
                     for s in seen:
+                        before = len(outputs)
                         chunk = self._show(s, rows, logits, self._facts_at(rows), shared)
                         for name, value in _per_row(s, chunk).items():
                             key = (s.slot.name, f"{s.visit.name}.{name}")
@@ -559,13 +624,16 @@ class _Walk:
                             if value.requires_grad:
                                 outputs.append(value)
                                 output_gradients.append(gradients[key][index].to(value.dtype))
+                        if self.call.apart:
+                            scale = self.call.report.scale
+                            self._keep_apart(s, rows, leaves, outputs[before:], output_gradients[before:], scale)
                     if outputs:
                         for name in self._replace(tile, leaves, products, outputs, output_gradients, into):
                             into.add(name, rows[self.streams[name].axis], products[name])
         streams, heads, _ = self.leaves()
         return into.of(streams, heads)
 
-    def _facts_at(self, rows: Rows) -> dict[str, Tensor]:
+    def _facts_at(self, rows: Rows) -> Facts:
         """The teacher's facts of a chunk's teacher rows; with one tokenizer, every chunk has them."""
         return {name: fact[rows["teacher"]] for name, fact in self.facts.items()} if "teacher" in rows else {}
 

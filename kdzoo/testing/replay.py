@@ -18,7 +18,7 @@ from kdzoo.errors import KdzooError, did_you_mean
 from kdzoo.plugin.contracts import Loss, ModelFacts, Models, Needs, Params
 from kdzoo.step.batch import Batch, Side
 from kdzoo.step.chunk import Chunk
-from kdzoo.step.distiller import Distiller
+from kdzoo.step.distiller import Distiller, prepare, survey
 from kdzoo.step.head import Head
 from kdzoo.step.report import Report
 from kdzoo.step.terms import Terms
@@ -99,13 +99,16 @@ def replay(
         with _default_dtype(dtype):  # so that frozen artefacts keep the recording's precision
             slots.append(Slot(slot, kept(params, models, states), needs))
     distiller = Distiller(None, None, slots, chunk_bytes=chunk_bytes)
+    of_student = tensors["student"].sites(slots) if "student" in tensors else {}
+    of_teacher = {k: v.detach() for k, v in tensors["teacher"].sites(slots).items()} if "teacher" in tensors else {}
+    prepare(slots, survey(slots, batch, of_teacher))
     _set_weights(distiller, weights or {}, dtype)
 
     report = Report()
     call = Call(
         batch,
-        tensors["student"].sites(slots) if "student" in tensors else {},
-        {k: v.detach() for k, v in tensors["teacher"].sites(slots).items()} if "teacher" in tensors else {},
+        of_student,
+        of_teacher,
         {name: Head(found.head) for name, found in tensors.items()},
         {name: weight for name, (_, _, weight) in losses.items()},
         report,

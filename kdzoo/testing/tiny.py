@@ -12,6 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from kdzoo.quiet import quiet
 from kdzoo.step.batch import Batch, Side
 
+LLAMA: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {
         "n_embd": 32,
@@ -22,31 +30,39 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
     },
-    "llama": {
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-    },
-    "mixtral": {
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
+    "llama": LLAMA,
+    "mixtral": LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "pad_token_id": None},
+    "qwen2_moe": LLAMA
+    | {
+        "num_experts": 4,
         "num_experts_per_tok": 2,
-        "max_position_embeddings": 64,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 32,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "qwen3_moe": LLAMA
+    | {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "head_dim": 12,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
     },
 }
+"""Sizes by family; those with experts have four, two of them routed to, in every block."""
 
 
-def tiny_model(family: str, vocabulary: int, seed: int = 0) -> PreTrainedModel:
-    """A model of `family` (`gpt2`, `llama`, `mixtral`) with random weights large enough to have opinions."""
+def tiny_model(family: str, vocabulary: int, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """A model of a `family` of `CONFIGS` with random weights large enough to have opinions.
+
+    `settings` go before the family's own.
+    """
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0, **CONFIGS[family])
+    sizes = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0} | CONFIGS[family] | settings
+    config = AutoConfig.for_model(family, **sizes)
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -55,10 +71,10 @@ def tiny_model(family: str, vocabulary: int, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def save_tiny_model(folder: Path, family: str, vocabulary: int, seed: int = 0) -> Path:
+def save_tiny_model(folder: Path, family: str, vocabulary: int, seed: int = 0, **settings: Any) -> Path:
     """The same as a folder."""
     with quiet():
-        tiny_model(family, vocabulary, seed).save_pretrained(folder)
+        tiny_model(family, vocabulary, seed, **settings).save_pretrained(folder)
     return folder
 
 

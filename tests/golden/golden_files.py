@@ -20,10 +20,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdzoo import Experts, Fusion
 from kdzoo.testing import Recorded, Replay, replay
 from kdzoo_cross_entropy import CrossEntropy
 from kdzoo_divergences import ForwardKL
 from kdzoo_dskd import DSKD
+from kdzoo_fusions import ExpertAttention, ExpertMean, ExpertRouterAll, RouterWeighted, attention
 from kdzoo_residual import Projectors, Residual
 
 _listed = json.loads((Path(__file__).parent / "not_covered.json").read_text())
@@ -264,7 +266,7 @@ def component_gradients(golden: Golden, prefix: str, ours: Mapping[str, Tensor])
         yield Pair(tuple(keys) or (f"{prefix}{tensor} (absent)",), gradient, expected)
 
 
-# Residual learning (independent references of the formulas; the authors published no code).
+# Residual learning and its fusion of experts (independent references of the formulas; the authors published no code).
 
 
 def residual_stage_1(golden: Golden) -> Iterator[Pair]:
@@ -295,11 +297,11 @@ def residual_stage_1(golden: Golden) -> Iterator[Pair]:
 
 
 def residual_stage_2(golden: Golden) -> Iterator[Pair]:
-    settings = {"beta", "beta_gradient", "normalise", "wrong", "head_gradient", "state_gradient"}
-    params = configuration(golden, known={"lambda", "attend", *settings})
+    settings = {"beta", "beta_gradient", "normalise", "attend", "wrong", "head_gradient", "state_gradient"}
+    params = configuration(golden, known={"lambda", *settings})
     weight = params.pop("lambda")
-    if params.pop("attend", "response") != "response":
-        raise NotUnderstood("attend: only over response rows")
+    if params.get("attend") == "sequence" and not golden.arrays.get("teacher_attention_mask", np.ones(1)).all():
+        raise NotUnderstood("attend: a recorded side has no padding, all its positions are attended to")
     same = "student_tokens_to_chunks" not in golden
     weights = {"residual.low_to_student.weight": golden["p_as"]}
     if not same:
@@ -355,11 +357,38 @@ def residual_stage_2(golden: Golden) -> Iterator[Pair]:
             yield Pair((prefix + theirs,), gradient, expected)
 
 
+FUSIONS: dict[str, type[Fusion]] = {
+    fusion.name: fusion for fusion in (ExpertAttention, ExpertMean, ExpertRouterAll, RouterWeighted)
+}
+
+
+def expert_fusion(golden: Golden) -> Iterator[Pair]:
+    given = configuration(golden, known={"fusion", "top_k"})
+    if given["fusion"] not in FUSIONS:
+        raise NotUnderstood(f"fusion '{given['fusion']}': no such fusion here")
+    fusion = FUSIONS[given["fusion"]]
+    shape = golden["experts"].shape[:2]  # [B, T]; there are no padded rows
+    outputs, logits = golden.tensor("experts").flatten(0, 1), golden.tensor("router_logits").flatten(0, 1)
+    weights = logits.softmax(-1)
+    if fusion in (ExpertAttention, RouterWeighted):
+        # The router's own weights are the model's business: as Mixtral makes them.
+        kept, which = weights.topk(given["top_k"])
+        weights = torch.zeros_like(weights).scatter(1, which, kept / kept.sum(-1, keepdim=True))
+    experts, ours = Experts(outputs, logits, weights), fusion(fusion.Params())
+    yield Pair(("fused",), ours.fuse(experts).unflatten(0, shape), golden.tensor("fused"))
+    if fusion is ExpertAttention:
+        yield from held(golden, {"alpha": attention(outputs).unflatten(0, shape)})
+        if "alpha" in golden:
+            share = golden.tensor("alpha").diagonal(dim1=-2, dim2=-1).mean(-1)
+            yield Pair(("alpha, watched",), ours.watch(experts)["self_attention"].unflatten(0, shape), share)
+
+
 COVERED: dict[str, Callable[[Golden], Iterator[Pair]]] = {
     "songmzhang/DSKD: VariousDivergence.compute_forward_kl_divergence": forward_kl,
     "songmzhang/DSKD: DualSpaceKD.forward": partial(dskd, attention=False),
     "songmzhang/DSKD: DualSpaceKDWithCMA.forward": partial(dskd, attention=True),
     f"{INDEPENDENT}: stage 1": residual_stage_1,
     f"{INDEPENDENT}: stage 2": residual_stage_2,
+    f"{INDEPENDENT}: expert fusion": expert_fusion,
 }
 """Source function -> how it is replayed."""

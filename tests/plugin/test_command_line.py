@@ -99,6 +99,11 @@ def test_list_prints_plain_lines_where_nobody_looks(recipe, capsys):
         "fusions:\n"
         "  mean  [good]  The mean of all experts.\n"
         "      layer (integer)\n"
+        "      into ('block' or 'alone', default 'block'): \"block\": the fused output takes the place of the experts' "
+        'output: a shared expert and the residual stream are added, the final norm follows. "alone": the fused '
+        "output itself is the state.\n"
+        "      judge ('model' or 'fused', default 'model'): Whose prediction the teacher's is, for the losses that "
+        "read the fused state.\n"
         "anatomies:\n"
         "  toy  [good]  Two families.\n"
         "  toy_moe  [good]  Two families.\n"

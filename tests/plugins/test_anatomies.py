@@ -7,9 +7,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdzoo import Anatomy
-from kdzoo_anatomies import GPT2, Gemma3, Llama, QwenMoE
+from kdzoo_anatomies import GPT2, Gemma3, Llama, Mixtral, Qwen2MoE, QwenMoE, Routed
 
-SHAPES: dict[str, Anatomy] = {family: shape() for shape in (Llama, QwenMoE, Gemma3, GPT2) for family in shape.families}
+CLASSES = (Llama, Routed, Mixtral, QwenMoE, Qwen2MoE, Gemma3, GPT2)
+SHAPES: dict[str, Anatomy] = {family: shape() for shape in CLASSES for family in shape.families}
 SIZES = {
     "vocab_size": 50,
     "hidden_size": 16,
@@ -61,11 +62,15 @@ def model_of(config: Any) -> Any:
 def test_the_parts_are_the_models_own(family: str) -> None:
     model, anatomy = model_of(config_of(family)), SHAPES[family]
     with torch.no_grad():
+        before_norm: list[torch.Tensor] = []
+        anatomy.norm(model).register_forward_pre_hook(lambda _, args: before_norm.append(args[0]))
         expected = model(IDS, output_hidden_states=True)
         hidden = anatomy.backbone(model)(IDS).last_hidden_state
         head = anatomy.head(model)
         embedded = anatomy.embedding(model)(IDS)
+        after_norm = anatomy.norm(model).forward(before_norm[0])
     assert hidden.equal(expected.hidden_states[-1])
+    assert hidden.equal(after_norm)
     torch.testing.assert_close(head.finish(hidden @ head.weight.T, head.bias), expected.logits)
     assert len(anatomy.blocks(model)) == 4
     table = anatomy.embedding(model).weight

@@ -18,7 +18,7 @@ LABELS = torch.tensor([2, 1])
 
 
 def found(*wanted: str) -> dict[str, Tensor]:
-    return facts_of(LOGITS, LABELS, frozenset(wanted), lambda: LOGITS.log_softmax(-1))
+    return facts_of(LOGITS, LABELS, frozenset(wanted), lambda tau: (LOGITS / tau).log_softmax(-1))
 
 
 def test_facts_by_hand():
@@ -97,7 +97,7 @@ class AskingTheTeacher(Asking):
 def test_a_visit_carries_the_facts_of_its_rows(chunk_rows, same_tokens):
     setting = make_setting() if same_tokens else make_paired_setting()
     logits, labels = setting.teacher_logits().detach(), setting.batch.teacher.labels
-    of_teacher = facts_of(logits, labels, frozenset(FACTS), lambda: logits.log_softmax(-1))
+    of_teacher = facts_of(logits, labels, frozenset(FACTS), lambda tau: (logits / tau).log_softmax(-1))
     of_student = of_teacher if same_tokens else carry_by_spans(of_teacher, setting.batch.student, setting.batch.teacher)
     asking, asking_teacher = setting.make(Asking), setting.make(AskingTheTeacher)
     setting.run({"asking": (asking, 1.0), "teacher": (asking_teacher, 1.0)}, chunk_rows)
