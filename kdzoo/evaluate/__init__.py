@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class RougeScores(TypedDict):
@@ -12,6 +12,15 @@ class RougeScores(TypedDict):
     mean: float
     per_seed: list[float]
     """One mean per decoding seed, all of one training run; one value for greedy decoding."""
+
+
+class ByVerdict(TypedDict):
+    """A student's cross-entropy on held-out rows, apart where the teacher is right and where it is wrong there."""
+
+    right: float
+    wrong: float
+    wrong_share: float
+    """The share of the student's response tokens where the teacher is wrong, 0 to 1."""
 
 
 class ModelScores(TypedDict):
@@ -23,6 +32,7 @@ class ModelScores(TypedDict):
     """Nats per token of the model's own tokenizer: two tokenizers do not compare."""
     token_accuracy: float | None
     """The share of response tokens that are the model's first choice, 0 to 1."""
+    by_verdict: NotRequired[ByVerdict]
 
 
 Scores = Mapping[str, Mapping[str, ModelScores]]

@@ -35,6 +35,8 @@ OUTPUT = Console(highlight=False)
 """Results."""
 
 CROSS_ENTROPY = ("cross-", "entropy")
+WHERE_RIGHT = ("teacher", "right")
+WHERE_WRONG = ("teacher", "wrong")
 ACCURACY = ("token", "accuracy")
 """Column titles are of two lines."""
 
@@ -188,8 +190,11 @@ def score_columns(models: Mapping[str, ModelScores]) -> list[ScoreColumn]:
     ]
     entropy = {m: s["cross_entropy"] for m, s in models.items()}
     accuracy = {m: s["token_accuracy"] for m, s in models.items()}
+    apart = {m: s["by_verdict"] for m, s in models.items() if "by_verdict" in s}
     columns += [
         ScoreColumn(CROSS_ENTROPY, {m: f"{value:.3f}" for m, value in entropy.items() if value is not None}),
+        ScoreColumn(WHERE_RIGHT, {m: f"{found['right']:.3f}" for m, found in apart.items()}),
+        ScoreColumn(WHERE_WRONG, {m: f"{found['wrong']:.3f}" for m, found in apart.items()}),
         ScoreColumn(ACCURACY, {m: f"{value:.1%}" for m, value in accuracy.items() if value is not None}),
     ]
     return [column for column in columns if column.cells]
@@ -200,12 +205,14 @@ def score_legend(scores: Scores) -> list[str]:
     columns = [column for models in scores.values() for column in score_columns(models)]
     titles = {column.title for column in columns}
     legend = []
-    if titles - {CROSS_ENTROPY, ACCURACY}:
+    if titles - {CROSS_ENTROPY, WHERE_RIGHT, WHERE_WRONG, ACCURACY}:
         legend.append("Rouge-L: 0 to 100, higher is better.")
     if any("±" in cell for column in columns for cell in column.cells.values()):
         legend.append("±: standard deviation over decoding seeds of one trained model.")
     if CROSS_ENTROPY in titles:
         legend.append("cross-entropy: nats per token of the model's own tokenizer, lower is better.")
+    if WHERE_RIGHT in titles:
+        legend.append("teacher right, wrong: cross-entropy where the teacher's first choice is gold, and elsewhere.")
     if ACCURACY in titles:
         legend.append("token accuracy: response tokens that are the first choice, higher is better.")
     return legend

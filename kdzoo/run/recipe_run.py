@@ -21,6 +21,7 @@ from kdzoo.engine.frozen import FrozenModel
 from kdzoo.errors import ModelError
 from kdzoo.evaluate import ModelScores
 from kdzoo.evaluate.scoring import Answer, Scored, copied_input, read_gold, score_model
+from kdzoo.evaluate.verdict import read_beside_teacher
 from kdzoo.plugin.registry import load_plugins
 from kdzoo.recipe.load import LoadedRecipe
 from kdzoo.run.card import write_model_card
@@ -32,6 +33,7 @@ from kdzoo.run.stages import (
     LOOKED_AT,
     Ground,
     artefact_stage,
+    deal,
     make_artefact,
     open_frozen,
     single_model,
@@ -40,6 +42,9 @@ from kdzoo.run.stages import (
 )
 
 Sets = Mapping[str, Sequence[Row]]
+
+HELD_OUT = "held out"
+"""What the table of scores calls the rows of `data.held_out`."""
 
 
 def run_recipe(loaded: LoadedRecipe, out: Path | None) -> None:
@@ -82,12 +87,13 @@ class Run:
         for name, stage in recipe.stages.items():
             if stage.data is not None and name != "distill":
                 load_rows(stage.data, f"stages.{name}.data")
-        if recipe.data.held_out is not None:
-            load_rows(recipe.data.held_out, "data.held_out")
         own = recipe.stages["distill"].data
         address = "data.train" if own is None else "stages.distill.data"
         source = own or recipe.data.train
-        self.rows = corpus(session, source, address, student=session.student, teacher=session.teacher)
+        both = partial(corpus, session, student=session.student, teacher=session.teacher)
+        self.rows = both(source, address)
+        held_out = recipe.data.held_out
+        self.held_out = None if held_out is None else both(held_out, "data.held_out")
         for name in ("teacher", "sft"):
             if name in recipe.stages:
                 stage_losses(session, name, recipe.stages[name])
@@ -95,8 +101,7 @@ class Run:
             for name in needs.artefacts:
                 artefact_stage(session, name)
         self.say_alignment(self.rows.examples)
-        if (count := experts(session)) and not recipe.fuse:
-            self.say(f"teacher: a mixture of {count} experts; its own output is used, no fusion of experts")
+        self.say_fusions()
 
     def all_stages(self) -> None:
         session, stages = self.session, self.recipe.stages
@@ -111,7 +116,7 @@ class Run:
         if "sft" in stages:
             sft = single_model(session, "sft", stages["sft"], session.student, untrained, self.log)
 
-        self.distill(teacher_folder, teacher_key, untrained)
+        self.distill(teacher_folder, teacher_key, untrained, sft)
 
         for name, found in self.sets.items():
             self.keep(name, "copy of the input", copied_input(found, self.recipe.evaluation.decoding))
@@ -122,14 +127,16 @@ class Run:
         self.evaluate("student", self.path / "student", session.student, None)
         self.finish()
 
-    def distill(self, teacher_folder: Path, teacher_key: str, untrained: Path) -> None:
+    def distill(self, teacher_folder: Path, teacher_key: str, untrained: Path, sft: Path | None) -> None:
         """The stage that all this is for: teacher and student together; leaves the trained student's folder."""
         session = self.session
         teacher = open_frozen(session, teacher_folder, always_sharded=True)
         self.judge_teacher(teacher)
         artefacts = {
             slot: {
-                name: make_artefact(session, name, insists, teacher, teacher_key, self.log).state
+                name: make_artefact(
+                    session, name, insists, self.recipe.losses[slot].fuse, teacher, teacher_key, self.log
+                ).state
                 for name, insists in needs.artefacts.items()
             }
             for slot, needs in session.needs(self.recipe.losses).items()
@@ -143,10 +150,31 @@ class Run:
         if rank() == 0:
             save_model(self.path / "student", untrained, session.student.encoder.tokenizer, state)
         engine.close()
-        teacher.close()
-        del engine, teacher, ground, state
+        del engine, state
         release()
         barrier()
+        self.read_held_out({"student, data alone": sft, "student": self.path / "student"}, teacher)
+        teacher.close()
+        del teacher, ground
+        release()
+        barrier()
+
+    def read_held_out(self, students: Mapping[str, Path | None], teacher: FrozenModel) -> None:
+        """Each student's cross-entropy on the held-out rows, apart where the teacher is right and where it is wrong."""
+        if self.held_out is None:
+            return
+        stage = self.recipe.stages["distill"]
+        size = max(1, (stage.micro_batch or stage.batch) // world())
+        dealt = deal(len(self.held_out.examples), size)
+        for name, path in students.items():
+            if path is not None:
+                student = open_frozen(self.session, path, always_sharded=False)
+                batches = (self.held_out.collate(indices) for indices in dealt)
+                self.scores.setdefault(HELD_OUT, {})[name] = read_beside_teacher(student, teacher, batches)
+                student.close()
+                del student
+                release()
+                barrier()
 
     def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         if self.folder is not None:
@@ -166,6 +194,20 @@ class Run:
             f"{len(examples)} training rows; two tokenizers, {aligned / tokens:.1%} of the student's response tokens "
             f"lie in aligned spans ('{self.recipe.align.use}')"
         )
+
+    def say_fusions(self) -> None:
+        """Which losses read which state of a mixture of experts; a fusion that has nothing to fuse."""
+        count, losses = experts(self.session), self.recipe.losses
+        if not count:
+            for name in sorted({slot.fuse for slot in losses.values() if slot.fuse is not None}):
+                self.say(f"fuse.{name}: the teacher is no mixture of experts; its own state is read")
+            return
+        readers = [name for name, needs in self.session.needs(losses).items() if needs.teacher]
+        told = [
+            f"'{name}' reads " + (f"'{self.recipe.fuse[fuse].use}'" if fuse else "its own state")
+            for name, fuse in ((name, losses[name].fuse) for name in readers)
+        ]
+        self.say("; ".join([f"teacher: a mixture of {count} experts", *told]))
 
     def judge_teacher(self, teacher: FrozenModel) -> None:
         """How much of the gold text the teacher itself would not say; refuse one that knows nothing."""
@@ -240,7 +282,7 @@ class Run:
     def finish(self) -> None:
         if self.folder is None:
             return
-        ordered = {name: self.scores[name] for name in ("train", *self.sets) if name in self.scores}
+        ordered = {name: self.scores[name] for name in ("train", HELD_OUT, *self.sets) if name in self.scores}
         self.folder.write_scores(ordered)
         registry = self.session.registry
         losses = [
