@@ -53,6 +53,9 @@ def test_two_ranks_and_accumulation_give_the_losses_and_weights_of_one(tmp_path:
         for ours, theirs in zip(expected, found, strict=True):
             for key in ("loss", "sft/cross_entropy", "dskd/t2s_kd", "residual/wrong_rows", "gradient_norm"):
                 assert theirs[key] == pytest.approx(ours[key], rel=1e-4), f"{name}: {key} at step {ours['step']}"
+        for key in ("sft/gradient_at_state", "dskd/gradient_at_state", "residual/gradient_at_state"):
+            assert found[0][key] == pytest.approx(expected[0][key], rel=1e-4), f"{name}: {key}"
+            assert key not in found[1]
         for key, weight in load_file(tmp_path / name / "student" / "model.safetensors").items():
             torch.testing.assert_close(weight, weights[key], rtol=1e-3, atol=2e-5, msg=f"{name}: {key}")
 

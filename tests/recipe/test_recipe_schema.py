@@ -15,7 +15,8 @@ from kdzoo.recipe.schema import recipe_schema
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 COMMITTED = RECIPES / "recipe.schema.json"
-FILES = sorted({*RECIPES.glob("*.json"), *RECIPES.glob("pairs/*.json")} - {COMMITTED})
+FOLDERS = (RECIPES, RECIPES / "pairs", RECIPES / "ablations")
+FILES = sorted({file for folder in FOLDERS for file in folder.glob("*.json")} - {COMMITTED})
 WHOLE = [file for file in FILES if file.parent == RECIPES and file.name != "base.json"]
 
 
