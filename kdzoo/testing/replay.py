@@ -40,6 +40,8 @@ class Recorded:
     input_ids: Any = None  # [B, T]
     chunks: Any = None
     """[B, T, spans] bool: which aligned span each scored position belongs to, at most one."""
+    attention_mask: Any = None
+    """[B, T], 1 on real tokens. Default: all are."""
 
 
 @dataclass
@@ -168,7 +170,7 @@ class _Tensors:
         ids = labels.clamp_min(0) if recorded.input_ids is None else torch.as_tensor(recorded.input_ids).long()
         self.side = Side(
             input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            attention_mask=torch.ones_like(ids) if recorded.attention_mask is None else _mask(recorded.attention_mask),
             rows=position,
             labels=labels.flatten()[position].long(),
             inputs=ids.flatten()[position],
@@ -253,6 +255,10 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def _mask(recorded: Any) -> Tensor:
+    return torch.as_tensor(recorded).long()
 
 
 def _spans(chunks: Any, rows: Tensor) -> Tensor:
