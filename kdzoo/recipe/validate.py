@@ -196,12 +196,14 @@ def _stages(merged: Merged) -> Iterator[str]:
 def _losses(merged: Merged) -> Iterator[str]:
     if merged.document.get("losses") == {}:
         yield fault(merged, ("losses",), "no loss is left; name at least one")
-    fusions = merged.document.get("fuse", {})
-    for at, slot in chain(merged.objects("losses", "*"), merged.objects("stages", "*", "losses", "*")):
+    for at, slot in merged.objects("stages", "*", "losses", "*"):
+        if slot.get("fuse") is not None:
+            yield fault(merged, (*at, "fuse"), "only the recipe's own losses read a teacher; remove it")
+    fusions = [str(at[-1]) for at, _ in merged.objects("fuse", "*")]
+    for at, slot in merged.objects("losses", "*"):
         name = slot.get("fuse")
-        if isinstance(name, str) and isinstance(fusions, dict) and (at[0] == "stages" or name not in fusions):
-            hint = "; only the recipe's own losses read a teacher" if at[0] == "stages" else _hint(name, fusions)
-            yield fault(merged, (*at, "fuse"), f"the recipe's 'fuse' has no '{name}'{hint}")
+        if isinstance(name, str) and name not in fusions:
+            yield fault(merged, (*at, "fuse"), f"the recipe's 'fuse' has no '{name}'{_hint(name, fusions)}")
 
 
 def _deepspeed(merged: Merged) -> Iterator[str]:

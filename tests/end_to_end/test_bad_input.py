@@ -121,6 +121,10 @@ ON_THE_RANKS = {
         lambda _: ["--set", "evaluation.max_new_tokens=500", "--set", "evaluation.sets.seen.limit=1"],
         "evaluation.max_new_tokens: 500 tokens after a prompt of",
     ),
+    "a fusion on a block that is not there": (
+        lambda _: ["--set", "fuse.experts.params.layer=7"],
+        "fuse.experts.params.layer: the teacher has 2 blocks, counted from 0, not 7",
+    ),
     "a stage that is missing": (
         lambda _: ["--set", "stages.projectors=null"],
         "stages.projectors: a loss needs this stage's module",

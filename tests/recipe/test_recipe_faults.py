@@ -49,6 +49,18 @@ CASES = {
         {"losses": {"kd": {"params": {"floor": {"at": 2}}}}},
         "losses.kd.params.floor.at: 2 is not a number ≥ 0 and ≤ 1 (set by patch.json)",
     ),
+    "a fusion that the recipe does not have": (
+        {"fuse": {"mean": {"use": "mean", "params": {"site": "x"}}}, "losses": {"kd": {"fuse": "maen"}}},
+        "losses.kd.fuse: the recipe's 'fuse' has no 'maen', did you mean 'mean'? (set by patch.json)",
+    ),
+    "a fusion where there is none": (
+        {"losses": {"kd": {"fuse": "mean"}}},
+        "losses.kd.fuse: the recipe's 'fuse' has no 'mean'; there is none (set by patch.json)",
+    ),
+    "a fusion for a stage of one model": (
+        {"stages": {"sft": {"steps": 1, "losses": {"sft": {"use": "gold", "fuse": "mean"}}}}},
+        "stages.sft.losses.sft.fuse: only the recipe's own losses read a teacher; remove it (set by patch.json)",
+    ),
     "a parameter where there is none": (
         {"losses": {"gold": {"params": {"width": 1}}}},
         "losses.gold.params.width: unknown key; there is none (set by patch.json)",
