@@ -1,7 +1,8 @@
-"""Residual learning on the lab: every ablation and control, three training seeds, into the table of docs/residual.md.
+"""Residual learning on the lab: every ablation and control, three training seeds, into the tables of docs/residual.md.
 
     python benchmarks/residual_lab.py runs/residual-lab      # again: what is there is not run again
     python benchmarks/residual_lab.py runs/residual-lab --table
+    python benchmarks/residual_lab.py runs/residual-lab-2 --pair lab_llama_to_llama    # fewer cells, one tokenizer
 
 Cells share the teacher and the projectors (seed 0, cached); a training seed sets the student's weights, the order of
 the rows and what losses draw. One rank, ZeRO stage 0, one thread: `OMP_NUM_THREADS=1`, as many cells at once as
@@ -25,24 +26,39 @@ ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 RESULTS = Path(__file__).with_suffix(".json")
 PAGE = ROOT / "docs" / "residual.md"
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+PAIRS = {
+    "lab_mixtral_to_gpt2": None,  # every recipe
+    "lab_llama_to_llama": (
+        "sft",
+        "residual",
+        "no_beta",
+        "residual_random_direction",
+        "sft_without_wrong_rows",
+        "forward_kl",
+        "forward_kl_plus_residual",
+    ),
+}
 SEEDS = (1, 2, 3)
 SETS = ("seen", "longer", "phrasing")
 
 
-def cells() -> list[Path]:
-    """The recipes of the table, in its order."""
+def cells(pair: str) -> list[Path]:
+    """The recipes of a pair's table, in its order."""
+    ablations = {path.stem: path for path in sorted((RECIPES / "ablations").glob("*.json"))}
+    if (names := PAIRS[pair]) is not None:
+        return [ablations.get(name, RECIPES / f"{name}.json") for name in names]
     first = [RECIPES / f"{name}.json" for name in ("sft", "residual", "dskd", "dskd_plus_residual")]
-    return first + sorted(path for path in (RECIPES / "ablations").glob("*.json") if not path.stem.startswith("paper_"))
+    return first + [path for name, path in ablations.items() if not name.startswith("paper_")]
 
 
-def run(recipe: Path, seed: int, out: Path) -> dict[str, float] | None:
-    """One cell; its numbers, or None where it failed."""
+def run(pair: str, recipe: Path, seed: int, out: Path) -> None:
+    """One cell, if it is not there."""
     folder = out / f"{recipe.stem}-{seed}"
     if not (folder / "scores.json").exists():
         flags = [f"seed={seed}", f"student.seed={seed}", "stages.teacher.seed=0", "stages.projectors.seed=0"]
         flags += ["stages.sft=null", "deepspeed.zero_optimization.stage=0"]
         command = [sys.executable, "-m", "kdzoo", "run", str(recipe), "--out", str(folder)]
+        command += ["--on", str(RECIPES / "pairs" / f"{pair}.json")]
         began = time.time()
         with (out / f"{recipe.stem}-{seed}.log").open("w") as log:
             code = subprocess.run(
@@ -54,10 +70,9 @@ def run(recipe: Path, seed: int, out: Path) -> dict[str, float] | None:
             ).returncode
         if code:
             print(f"failed: {recipe.stem}, seed {seed}; see {log.name}", flush=True)
-            return None
+            return
         (folder / "seconds.txt").write_text(str(round(time.time() - began)))
         print(f"done: {recipe.stem}, seed {seed}", flush=True)
-    return numbers(folder)
 
 
 def numbers(folder: Path) -> dict[str, float]:
@@ -98,27 +113,26 @@ def spread(values: Sequence[float], key: str) -> str:
 def main() -> None:
     parser = ArgumentParser()
     parser.add_argument("out", type=Path)
+    parser.add_argument("--pair", choices=PAIRS, default="lab_mixtral_to_gpt2")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--only", nargs="*", help="names of recipes")
     parser.add_argument("--table", action="store_true", help="write what is there into the page, run nothing")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    wanted = [(recipe, seed) for seed in SEEDS for recipe in cells()]
+    wanted = [(recipe, seed) for seed in SEEDS for recipe in cells(options.pair)]
     if not options.table:
-        chosen = [(r, s) for r, s in wanted if not options.only or r.stem in options.only]
-        run(*wanted[1], options.out)  # the first alone: it makes what the others share
+        run(options.pair, *wanted[1], options.out)  # the first alone: it makes what the others share
         with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda cell: run(*cell, options.out), chosen))
-    results: dict[str, dict[str, dict[str, float]]] = {recipe.stem: {} for recipe in cells()}
+            list(pool.map(lambda cell: run(options.pair, *cell, options.out), wanted))
+    found: dict[str, dict[str, dict[str, float]]] = {}
     for recipe, seed in wanted:
         if (options.out / f"{recipe.stem}-{seed}" / "seconds.txt").exists():
-            results[recipe.stem][str(seed)] = numbers(options.out / f"{recipe.stem}-{seed}")
-    results = {name: by_seed for name, by_seed in results.items() if by_seed}
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    text = PAGE.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(results)}\n\n{END}{after}")
+            found.setdefault(recipe.stem, {})[str(seed)] = numbers(options.out / f"{recipe.stem}-{seed}")
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    RESULTS.write_text(json.dumps(kept | {options.pair: found}, indent=1) + "\n")
+    begin, end = f"<!-- {options.pair}: begin -->", f"<!-- {options.pair}: end -->"
+    before, _, rest = PAGE.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    PAGE.write_text(f"{before}{begin}\n\n{table(found)}\n\n{end}{after}")
 
 
 if __name__ == "__main__":
