@@ -8,10 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 REPOSITORY = Path(__file__).parents[1]
 
 torch.set_num_threads(1)
+
+# How fast examples come is the machine's load, not the code's health.
+settings.register_profile("kdzoo", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("kdzoo")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

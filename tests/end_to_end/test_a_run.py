@@ -25,7 +25,7 @@ DECODINGS = '{"greedy": {}, "sampled": {"sample": true, "top_p": 0.9, "seeds": [
 STEP = r"  loss \d+\.\d{3}  [\d,]+ rows/s(  \d+:\d\d left|  took \d+:\d\d)?"
 SCREEN = (
     r"20 training rows; two tokenizers, \d+\.\d% of the student's response tokens lie in aligned spans \('by_bytes'\)",
-    r"teacher: a mixture of 4 experts; its own output is used, no fusion of experts",
+    r"teacher: a mixture of 4 experts; 'dskd' reads its own state; 'residual' reads 'expert_attention'",
     rf"(teacher|sft|projectors|distill) +\d+/\d+{STEP}",
     r"teacher: wrong on \d+\.\d% of the response tokens of the training rows",
     r"projectors: on (training|held-out) rows [a-z_ ]+\d.*",
@@ -110,7 +110,8 @@ def test_the_screen_shows_stages_and_scores_and_nothing_else(first: Finished) ->
     assert first.screen[-1] == f"run folder: {first.folder}"
     for stage, steps in {"teacher": 6, "sft": 6, "projectors": 5, "distill": 20}.items():
         assert any(line.startswith(f"{stage} ") and f"{steps}/{steps}" in line for line in first.screen)
-    starts = ("train", "seen", "cross-", "entropy", "Rouge-L", "copy", "greedy", "sampled", "token", "accuracy", "±")
+    starts = ("train", "held out", "seen", "cross-", "entropy", "teacher", "Rouge-L", "copy", "greedy", "sampled")
+    starts += ("token", "accuracy", "±")
     for line in filter(str.strip, first.output.splitlines()):
         assert line.strip().startswith((*starts, *MODELS)), line
 
@@ -163,8 +164,13 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(first: Finished) -> None:
 
 def test_every_model_has_scores_and_its_answers(first: Finished) -> None:
     scores = first.read("scores.json")
-    assert list(scores) == ["train", "seen"]
+    assert list(scores) == ["train", "held out", "seen"]
     assert list(scores["train"]) == ["teacher"]
+    assert list(scores["held out"]) == ["student, data alone", "student"]
+    for found in scores["held out"].values():
+        apart = found["by_verdict"]
+        parts = (1 - apart["wrong_share"]) * apart["right"] + apart["wrong_share"] * apart["wrong"]
+        assert parts == pytest.approx(found["cross_entropy"])
     assert list(scores["seen"]) == ["copy of the input", *MODELS]
     for model in MODELS:
         found = scores["seen"][model]
