@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from kdzoo.plugin.contracts import Experts as Experts
     from kdzoo.plugin.contracts import Fusion as Fusion
     from kdzoo.plugin.contracts import FusionParams as FusionParams
+    from kdzoo.plugin.contracts import Lexicon as Lexicon
     from kdzoo.plugin.contracts import Loss as Loss
     from kdzoo.plugin.contracts import Mixture as Mixture
     from kdzoo.plugin.contracts import ModelFacts as ModelFacts
@@ -51,6 +52,7 @@ _HOMES = {
         "Experts",
         "Fusion",
         "FusionParams",
+        "Lexicon",
         "Loss",
         "Mixture",
         "ModelFacts",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from kdzoo.data.place import hub_folder, local_folder, one_line
 from kdzoo.errors import KdzooError, ModelError
+from kdzoo.plugin.contracts import Lexicon
 from kdzoo.quiet import quiet
 
 LAB = "lab:"
@@ -72,6 +75,46 @@ def same_tokens(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast) -> bool:
         and a.get_vocab() == b.get_vocab()
         and all(a(text)["input_ids"] == b(text)["input_ids"] for text in _PROBES)
     )
+
+
+def lexicon(tokenizer: PreTrainedTokenizerFast) -> Lexicon:
+    """What every token says after other text; by decoding, so that it does not matter how entries are spelt."""
+    before = tokenizer("x", add_special_tokens=False)["input_ids"]
+    decode = tokenizer.backend_tokenizer.decode_batch
+    start, *texts = decode([before, *([*before, token] for token in range(len(tokenizer)))], skip_special_tokens=False)
+    assert isinstance(tokenizer.eos_token_id, int)
+    return Lexicon(
+        tuple(text.removeprefix(start) for text in texts), frozenset(tokenizer.all_special_ids), tokenizer.eos_token_id
+    )
+
+
+def student_ids(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFast, sizes: tuple[int, int]) -> Tensor:
+    """[W] the student's token with the text of each teacher token, -1 where it has none; ends belong to each other.
+
+    Where both tokenizers are one, every token is its own. `sizes` are the entries of the student's and the teacher's
+    head, which may be more or fewer than the tokenizers'.
+    """
+    if same_tokens(student, teacher):
+        every = torch.arange(sizes[1])
+        return torch.where(every < sizes[0], every, -1)
+    mine, yours = _tokens_by_text(student), _tokens_by_text(teacher)
+    found = torch.full((sizes[1],), -1)
+    for text, token in yours.items():
+        if token < sizes[1] and mine.get(text, sizes[0]) < sizes[0]:
+            found[token] = mine[text]
+    return found
+
+
+def _tokens_by_text(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """What a token says, spaces included -> the token. Parts of characters and special tokens say nothing.
+
+    No tokenizer spells a letter by its byte where it has the letter: `<0x41>` comes after "A".
+    """
+    told = lexicon(tokenizer)
+    spelt = tokenizer.convert_ids_to_tokens(list(range(len(told.texts))))
+    tokens = [t for t, text in enumerate(told.texts) if text and "\ufffd" not in text and t not in told.special]
+    tokens.sort(key=lambda token: (spelt[token].startswith("<0x"), token), reverse=True)
+    return {told.texts[token]: token for token in tokens} | {"": told.end}
 
 
 def tokens_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

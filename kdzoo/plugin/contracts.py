@@ -37,7 +37,8 @@ class OwnStream:
     """Rows of hidden states that a loss sends through a head itself.
 
     `axis` "student" or "teacher" puts them side by side with that model's rows, one to one; "own" is a packing of
-    the loss's choice (it brings its labels), walked after the models' own rows and so after every fact.
+    the loss's choice (it brings its labels), walked after the models' own rows and so after every fact. Own packings
+    that bring groups may be seen by one visit, group beside group.
     """
 
     name: str
@@ -52,12 +53,14 @@ class Visit:
 
     `kind` "sum": `over_vocab` returns `Terms`, plain sums over the chunk's rows, and the core makes the gradient on
     the spot. `kind` "rows": it returns per-row tensors, which `combine` receives for all rows; recomputed backward.
+    `kind` "scan", of one model's rows: it returns per-row tensors [n, ...] without gradient, which the core adds up
+    over the rows of each sequence; every scan is over before any other visit, which sees what `scan` makes of the sums.
     `facts` are the teacher's facts that the chunk must carry (on the student's rows where the visit has them).
     """
 
     name: str
     streams: tuple[str, ...]
-    kind: Literal["sum", "rows"] = "sum"
+    kind: Literal["sum", "rows", "scan"] = "sum"
     facts: tuple[str, ...] = ()
     report_only: bool = False
     """Seen only where a trained stage is measured, never in training: what costs a product of its own just to watch."""
@@ -68,7 +71,8 @@ class Needs:
     """Everything a loss reads, so that the core can plan before it runs."""
 
     student: frozenset[str] = frozenset()
-    """Sites of the student: `hidden.last`, `hidden.<block>`, `embed.input`, `embed.target`, ..."""
+    """Sites of the student: `hidden.last`, `hidden.<block>`, `embed.input`, `embed.target`, ... `head.weight`
+    [vocabulary, width] is without gradient, and there in `streams` and `setup` alone, where heads are whole."""
     teacher: frozenset[str] = frozenset()
     """Sites of the teacher. Where the recipe's slot names a fusion, `hidden.last` is the fused state."""
     visits: tuple[Visit, ...] = ()
@@ -85,8 +89,23 @@ class Needs:
     survey: bool = False
     """Whether `survey` is to see the training rows, and `prepare` their sums, before the first step."""
     rows: Literal["response", "sequence"] = "response"
+    lexicons: bool = False
+    """Whether the loss reads what the entries of the vocabularies say: `models.student.lexicon`, and the teacher's."""
     batch_coupled: bool = False
     """One sample's loss depends on its neighbours or on padding: the authors' reading, never a default."""
+    divergence: bool = False
+    """A promise that `kdzoo check` holds it to: never negative, and 0 where both models say the same."""
+
+
+@dataclass(frozen=True)
+class Lexicon:
+    """What the entries of a vocabulary say, as the model's tokenizer has it. A head may be longer, or shorter."""
+
+    texts: Sequence[str]
+    """By token: what it adds to a text that goes on. A part of a character is "\ufffd"."""
+    special: frozenset[int]
+    end: int
+    """The end-of-sequence token."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +116,8 @@ class ModelFacts:
     vocabulary: int
     layers: int
     model_type: str
+    lexicon: Lexicon | None = None
+    """Where the loss's needs say `lexicons`."""
 
 
 @dataclass(frozen=True)
@@ -106,14 +127,20 @@ class Models:
     teacher: ModelFacts | None
     student: ModelFacts | None
     same_tokens: bool
+    student_ids: Tensor | None = None
+    """[W] the student's token with the text of each teacher token, -1 where it has none. None without both models."""
 
 
 @dataclass
 class Own:
-    """The rows of an own stream. `labels` only where its axis is "own"."""
+    """The rows of an own stream. `labels` and `group` only where its axis is "own"."""
 
     hidden: Tensor  # [n, width of the head]
     labels: Tensor | None = None  # [n]
+    group: Tensor | None = None
+    """[n] long, from 0, ascending. A chunk has whole groups: of every stream of a visit, the rows of the same ones."""
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    """[n, ...] what else the chunk is to show of each row, without gradient: a weight, say."""
 
 
 class Loss(nn.Module, ABC):
@@ -129,6 +156,8 @@ class Loss(nn.Module, ABC):
     """Title, venue and address; stands in the docs and in exported model cards."""
     formula: ClassVar[str]
     """One line, for the zoo table."""
+    deviations: ClassVar[tuple[str, ...]] = ()
+    """Where this differs from its authors' code, one sentence each: function, what, why."""
     Params: ClassVar[type[Params]] = NoParams
 
     @classmethod
@@ -149,6 +178,10 @@ class Loss(nn.Module, ABC):
     def prepare(self, sums: Mapping[str, Tensor]) -> None:
         """The sums of `survey` over all rows, in float64, once before the first step: a start, or constants."""
 
+    def setup(self, heads: Mapping[str, Tensor]) -> None:
+        """The head weights [vocabulary, width] of the models whose `head.weight` is declared, once before the first
+        step: for a start that depends on them, or constants. After `prepare`."""
+
     def carry_facts(
         self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor], ranks_first: RanksFirst
     ) -> Mapping[str, Tensor]:
@@ -163,8 +196,12 @@ class Loss(nn.Module, ABC):
         return {}
 
     def over_vocab(self, visit: str, chunk: Chunk) -> Terms | Mapping[str, Tensor]:
-        """One chunk of rows with the vocabulary present: `Terms` for a "sum" visit, per-row tensors for "rows"."""
+        """One chunk of rows with the vocabulary present: `Terms` for a "sum" visit, else per-row tensors."""
         raise NotImplementedError
+
+    def scan(self, batch: Batch, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """From the sums of "scan" visits, `<visit>.<name>` [B, ...], to what other visits' chunks have as `scanned`."""
+        return sums
 
     def combine(
         self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor], rows: Mapping[str, Tensor]
@@ -320,6 +357,7 @@ __all__ = [
     "Experts",
     "Fusion",
     "FusionParams",
+    "Lexicon",
     "Loss",
     "Mixture",
     "ModelFacts",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,22 @@ from torch import Tensor
 import kdzoo
 from kdzoo.cache import cached_folder, cached_path
 from kdzoo.data.schedule import StepPlan, plan
+from kdzoo.data.tokenizer import lexicon, student_ids
 from kdzoo.engine.close import release
 from kdzoo.engine.config import engine_config, frozen_config
 from kdzoo.engine.distributed import added_up, barrier, from_rank_0, rank, world
-from kdzoo.engine.frozen import FrozenModel
+from kdzoo.engine.frozen import FrozenModel, gather
 from kdzoo.engine.loading import load_model
 from kdzoo.engine.student import StudentEngine, build_distiller
 from kdzoo.errors import RecipeError
-from kdzoo.plugin.contracts import Models
+from kdzoo.plugin.contracts import ModelFacts, Models
 from kdzoo.recipe.model import LossSlot, Stage
 from kdzoo.run.export import save_model
 from kdzoo.run.loop import measure, train
 from kdzoo.run.progress import say, stage_progress
 from kdzoo.run.session import Artefacts, Corpus, Party, Session, corpus, encoding_key, sizes
-from kdzoo.step.distiller import prepare, survey, teacher_sites
+from kdzoo.step.distiller import prepare, set_up, survey, teacher_sites
+from kdzoo.step.head import Head
 from kdzoo.step.vocabulary import Slot
 
 StepLog = Callable[[str, int, dict[str, float]], None]
@@ -80,8 +82,18 @@ def train_stage(
         student=None if ground.student_folder is None else sizes(ground.student_folder, session),
         same_tokens=session.same_tokens,
     )
+    if models.student is not None and models.teacher is not None and ground.student is not None:
+        tokenizers = ground.student.encoder.tokenizer, session.teacher.encoder.tokenizer
+        sizes_of_heads = models.student.vocabulary, models.teacher.vocabulary
+        models = replace(models, student_ids=student_ids(*tokenizers, sizes_of_heads))
+    if any(needs.lexicons for needs in session.needs(losses).values()):
+        models = with_lexicons(models, ground.student, session.teacher)
     slots = session.slots(losses, models, ground.artefacts, seed)
     survey_rows(slots, ground, schedule, session)
+    heads: dict[str, Head] = {} if ground.teacher is None else {"teacher": ground.teacher.head}
+    if module is not None and anatomy is not None:
+        heads["student"] = anatomy.head(module)
+    set_up(slots, heads, gather)
     distiller = build_distiller(module, anatomy, slots)
     engine = StudentEngine(distiller, ground.teacher, stage, losses, schedule.steps, config, session.device)
     with stage_progress(name, schedule.steps, enabled=rank() == 0) as bar:
@@ -95,6 +107,15 @@ def train_stage(
 
         train(engine, schedule, ground.rows.collate, logged)
     return engine, schedule
+
+
+def with_lexicons(models: Models, student: Party | None, teacher: Party) -> Models:
+    """The same, and what the vocabularies of those that take part say."""
+
+    def told(facts: ModelFacts | None, party: Party | None) -> ModelFacts | None:
+        return None if facts is None or party is None else replace(facts, lexicon=lexicon(party.encoder.tokenizer))
+
+    return replace(models, student=told(models.student, student), teacher=told(models.teacher, teacher))
 
 
 def survey_rows(slots: Sequence[Slot], ground: Ground, schedule: StepPlan, session: Session) -> None:

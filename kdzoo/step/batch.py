@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Per = Literal["rows", "teacher_rows", "pairs", "sequences"]
+Per = Literal["rows", "teacher_rows", "pairs", "spans", "sequences"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class Batch:
     def local_counts(self) -> dict[Per, float]:
         """This micro-batch's own share of the denominators.
 
-        A sequence without rows (the stand-in of a rank that got none) does not count.
+        A sequence without rows (the stand-in of a rank that got none) does not count, nor does a span that has none on
+        one side.
         """
         scored = self.student if self.student is not None else self.teacher
         assert scored is not None
@@ -82,5 +83,13 @@ class Batch:
             "rows": float(0 if self.student is None else len(self.student)),
             "teacher_rows": float(0 if self.teacher is None else len(self.teacher)),
             "pairs": float(len(self.pairs)),
+            "spans": float(self._spans()),
             "sequences": float(scored.sample.unique().numel()),
         }
+
+    def _spans(self) -> int:
+        """How many aligned spans have rows on both sides."""
+        if self.student is None or self.teacher is None:
+            return 0
+        ours, theirs = self.student.span.unique(), self.teacher.span.unique()
+        return int(torch.isin(ours[ours >= 0], theirs).sum())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kdzoo.plugin.contracts import Anatomy
 from kdzoo.step.batch import Batch
 from kdzoo.step.capture import capture
-from kdzoo.step.head import Head
+from kdzoo.step.head import HEAD_WEIGHT, Head
 from kdzoo.step.report import Report, weighted_sum
 from kdzoo.step.vocabulary import CHUNK_BYTES, Call, Gather, Slot, VocabularyPass, already_whole
 
@@ -57,7 +57,7 @@ class Distiller(nn.Module):
         sites: dict[str, Tensor] = {}
         if self.student is not None:
             assert batch.student is not None and self.anatomy is not None and self.head is not None
-            wanted = {"hidden.last"}.union(*(slot.needs.student for slot in self.slots))
+            wanted = {"hidden.last"}.union(*(slot.needs.student for slot in self.slots)) - {HEAD_WEIGHT}
             sites = capture(self.student, self.anatomy, batch.student, wanted)
             heads["student"] = self.head
         for site, value in teacher.items():  # what fusions watch
@@ -101,6 +101,17 @@ def survey(slots: Sequence[Slot], batch: Batch, teacher: Mapping[str, Tensor]) -
         if slot.needs.survey
         for name, value in slot.loss.survey(batch, call.views(slot)[1]).items()
     }
+
+
+@torch.no_grad()
+def set_up(slots: Sequence[Slot], heads: Mapping[str, Head], gather: Gather = already_whole) -> None:
+    """Show each loss the whole heads that it declares. Every rank comes here with the same slots."""
+    for slot in slots:
+        declared = {"student": slot.needs.student, "teacher": slot.needs.teacher}
+        shown = {name: head for name, head in heads.items() if HEAD_WEIGHT in declared[name]}
+        if shown:
+            with gather([head.weight for head in shown.values()]):
+                slot.loss.setup({name: head.weight.detach() for name, head in shown.items()})
 
 
 def prepare(slots: Sequence[Slot], sums: Mapping[tuple[str, str], Tensor]) -> None:

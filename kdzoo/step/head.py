@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+HEAD_WEIGHT = "head.weight"
+"""The site that is no part of a forward pass: a loss's streams may read it, inside the vocabulary pass."""
+
 
 @dataclass(frozen=True)
 class Head:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,78 +32,177 @@ def is_top(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
     return (own >= logits.amax(-1, keepdim=True) if k == 1 else (logits > own).sum(-1, keepdim=True) < k).squeeze(-1)
 
 
-class _KL(torch.autograd.Function):
-    """sum_v a (log a - log b) per row, with two passes fewer over the vocabulary than autograd would make."""
+INFINITE_RATIO = 100.0
+"""What an infinite log-ratio counts as, in nats: that of a token which only one of two models excludes altogether.
+
+So divergences that would be infinite stay finite and say where to go. (Authors' code leaves such tokens out, which
+makes divergences negative.)
+"""
+
+Derivative = Callable[[Tensor], Tensor]
+"""From the gradient of a row's value [n, 1] to that of a log-probability [n, V]."""
+
+Closed = tuple[Tensor, Derivative, Derivative]
+"""Values per row [n], and their derivatives by the first and the second log-probability."""
+
+
+class _ClosedForm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, formula: Callable[[Tensor, Tensor], Closed], first: Tensor, second: Tensor) -> Tensor:
+        value, *derivatives = formula(first, second)
+        # Those that nobody asks for are dropped, with the tensors that they hold.
+        ctx.derivatives = [by if ctx.needs_input_grad[i] else None for i, by in enumerate(derivatives, start=1)]
+        return value
 
     @staticmethod
-    def forward(ctx: Any, log_a: Tensor, log_b: Tensor) -> Tensor:
-        a = log_a.exp()
-        # Where a is 0 the product is 0 times infinity at worst; its limit is 0.
-        terms = (log_a - log_b).mul_(a).nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
-        ctx.save_for_backward(a, terms if ctx.needs_input_grad[0] else None)
-        return terms.sum(-1)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *(None if by is None else by(gradient[:, None]) for by in ctx.derivatives))
 
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        a, terms = ctx.saved_tensors
-        for_log_a = (terms + a).mul_(gradient[:, None]) if ctx.needs_input_grad[0] else None
-        for_log_b = a.mul(-gradient[:, None]) if ctx.needs_input_grad[1] else None
-        return for_log_a, for_log_b
+
+def closed_form(formula: Callable[[Tensor, Tensor], Closed], log_p: Tensor, log_q: Tensor) -> Tensor:
+    """`formula(log_p, log_q)` per row [n], with the derivatives that it states in place of autograd's.
+
+    It saves passes over the vocabulary, and limits such as 0 log 0 have the gradient that the formula gives them.
+    """
+    return _ClosedForm.apply(formula, log_p, log_q)
+
+
+def _times_log_ratio(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
+    """a (log a - log b): 0 where a is 0; see `INFINITE_RATIO`."""
+    return (log_a - log_b).nan_to_num_(nan=0.0, posinf=INFINITE_RATIO, neginf=0.0).mul_(a)
+
+
+def _smallest(like: Tensor) -> float:
+    return torch.finfo(like.dtype).tiny
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Closed:
+    """sum_v a (log a - log b)"""
+    a = log_a.exp()
+    terms = _times_log_ratio(a, log_a, log_b)
+    return terms.sum(-1), lambda g: (terms + a).mul_(g), lambda g: a * -g
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) = sum_v p (log p - log q)."""
-    return _KL.apply(log_p, log_q)
+    return closed_form(_kl, log_p, log_q)
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(q || p) = sum_v q (log q - log p)."""
-    return forward_kl(log_q, log_p)
+    return closed_form(_kl, log_q, log_p)
 
 
-def _mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
-    """log(weight * a + (1 - weight) * b)"""
-    if weight in (0.0, 1.0):
-        return log_a if weight == 1.0 else log_b
-    return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
+def js(log_p: Tensor, log_q: Tensor, teacher_weight: float = 0.5) -> Tensor:
+    """w KL(p || m) + (1 - w) KL(q || m), m = w p + (1 - w) q, w the `teacher_weight`.
 
+    It is 0 at w = 0 and at w = 1, whatever p and q are; per w or 1 - w, its limits there are KL(p || q) and KL(q || p).
+    """
 
-def js(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """1/2 KL(p || m) + 1/2 KL(q || m), m = (p + q) / 2."""
-    log_m = _mixture(log_p, log_q, 0.5)
-    return 0.5 * forward_kl(log_p, log_m) + 0.5 * forward_kl(log_q, log_m)
+    def formula(log_p: Tensor, log_q: Tensor) -> Closed:
+        p, q = log_p.exp(), log_q.exp()
+        log_m = torch.lerp(q, p, teacher_weight).clamp_min_(_smallest(p)).log_()
+        of_p = _times_log_ratio(p, log_p, log_m).mul_(teacher_weight)
+        of_q = _times_log_ratio(q, log_q, log_m).mul_(1 - teacher_weight)
+        # What m changes by cancels between the two terms.
+        return of_p.sum(-1) + of_q.sum(-1), lambda g: of_p * g, lambda g: of_q * g
+
+    return closed_form(formula, log_p, log_q)
 
 
 def skew_forward_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
     """KL(p || skew * p + (1 - skew) * q)."""
-    return forward_kl(log_p, _mixture(log_p, log_q, skew))
+
+    def formula(log_p: Tensor, log_q: Tensor) -> Closed:
+        p, q = log_p.exp(), log_q.exp()
+        m = torch.lerp(q, p, skew).clamp_min_(_smallest(p))
+        by_q = (q / m).mul_(p).mul_(1 - skew)
+        terms = _times_log_ratio(p, log_p, m.log_())
+        return terms.sum(-1), lambda g: (terms + by_q).mul_(g), lambda g: by_q * -g
+
+    return closed_form(formula, log_p, log_q) if skew else forward_kl(log_p, log_q)
 
 
 def skew_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
     """KL(q || (1 - skew) * p + skew * q)."""
-    return forward_kl(log_q, _mixture(log_q, log_p, skew))
+    return skew_forward_kl(log_q, log_p, skew)
 
 
-def adaptive_kl(log_p: Tensor, log_q: Tensor, head_mass: float = 0.5) -> Tensor:
+def adaptive_kl(
+    log_p: Tensor, log_q: Tensor, head_mass: float = 0.5, crossing: Literal["head", "tail"] = "head"
+) -> Tensor:
     """(g_head KL(p || q) + g_tail KL(q || p)) / (g_head + g_tail), the weights without gradient.
 
-    The gaps g sum |p - q| over the teacher's likely tokens (head) and the others: sorted ascending by p, the tail
-    ends where the cumulated probability passes `head_mass`. Equal gaps where p = q.
+    The gaps g sum |p - q| over the teacher's likely tokens (head) and the others (tail). `crossing` says where the
+    token goes at which the cumulated probability passes `head_mass`. "head": counted from the least likely token up,
+    the tail holds at most `head_mass`. "tail": counted from the likeliest down, the head does (or is one token).
+    Equal weights where p = q.
     """
-    with torch.no_grad():
-        p, order = log_p.exp().sort(-1)
-        gap = (p - log_q.exp().gather(-1, order)).abs()
-        tail = p.cumsum(-1) <= head_mass
-        g_tail = gap.masked_fill(~tail, 0).sum(-1)
-        g_head = gap.masked_fill(tail, 0).sum(-1)
-        both = g_head + g_tail
-        share = torch.where(both > 0, g_head / both.clamp_min(torch.finfo(both.dtype).tiny), 0.5)
-    return share * forward_kl(log_p, log_q) + (1 - share) * reverse_kl(log_p, log_q)
+
+    head = _share_of_head(log_p.detach(), log_q.detach(), head_mass, crossing)[:, None].detach()
+
+    def formula(log_p: Tensor, log_q: Tensor) -> Closed:
+        p_share, q_share = log_p.exp() * head, log_q.exp() * (1 - head)
+        ratio = (log_p - log_q).nan_to_num_(nan=0.0, posinf=INFINITE_RATIO, neginf=-INFINITE_RATIO)
+        return (
+            ((p_share - q_share).mul_(ratio)).sum(-1),
+            lambda g: (ratio + 1).mul_(p_share).sub_(q_share).mul_(g),
+            lambda g: (1 - ratio).mul_(q_share).sub_(p_share).mul_(g),
+        )
+
+    return closed_form(formula, log_p, log_q)
+
+
+def _share_of_head(log_p: Tensor, log_q: Tensor, head_mass: float, crossing: Literal["head", "tail"]) -> Tensor:
+    """g_head / (g_head + g_tail) per row [n]."""
+    p, q = log_p.exp(), log_q.exp()
+    sorted_p, order = p.sort(-1, descending=crossing == "tail")
+    first = sorted_p.cumsum(-1) <= head_mass
+    first[:, :1] |= crossing == "tail"
+    gap = (sorted_p - q.gather(-1, order)).abs_()
+    g_first, g_both = gap.masked_fill(~first, 0).sum(-1), gap.sum(-1)
+    share = torch.where(g_both > 0, g_first / g_both.clamp_min(_smallest(p)), 0.5)
+    return share if crossing == "tail" else 1 - share
+
+
+def _total_variation(log_p: Tensor, log_q: Tensor) -> Closed:
+    p, q = log_p.exp(), log_q.exp()
+    larger = p - q
+    return (
+        0.5 * larger.abs().sum(-1),
+        lambda g: larger.sign().mul_(p).mul_(0.5 * g),
+        lambda g: larger.sign().mul_(q).mul_(-0.5 * g),
+    )
 
 
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
     """1/2 sum_v |p - q|."""
-    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+    return closed_form(_total_variation, log_p, log_q)
+
+
+def top_k_and_rest(
+    log_p: Tensor, log_q: Tensor, k: int, rest: Literal["one_token", "dropped"]
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [n, k + 1] of the teacher's `k` likeliest tokens, and of all others as one token.
+
+    "dropped": the teacher's own others have probability 0, and its k likeliest are divided by their sum. For every
+    divergence that is a sum over tokens this is what it is on [n, V], since where p is 0 it is linear in q.
+    """
+    if k >= log_p.shape[-1]:
+        return log_p, log_q
+    top_p, where = log_p.topk(k, dim=-1)
+    top_q = log_q.gather(-1, where)
+
+    def others(log_x: Tensor) -> Tensor:
+        # Summed up themselves: one less the sum of the likeliest would be rounding where that is almost one.
+        return log_x.exp().scatter(-1, where, 0.0).sum(-1, keepdim=True).clamp_min(_smallest(log_x)).log()
+
+    if rest == "dropped":
+        top_p = top_p - top_p.logsumexp(-1, keepdim=True)
+        rest_p = torch.full_like(top_p[:, :1], -torch.inf)
+    else:
+        rest_p = others(log_p)
+    return torch.cat([top_p, rest_p], -1), torch.cat([top_q, others(log_q)], -1)
 
 
 DIVERGENCES: dict[str, Callable[..., Tensor]] = {
@@ -153,6 +252,13 @@ def attend(
     return unpad_rows(mixed, student), unpad_rows(entropy, student)
 
 
+def is_followed(side: Side) -> Tensor:
+    """Whether another row of its sequence comes after each row [N] bool: all but the last."""
+    followed = torch.zeros_like(side.sample, dtype=torch.bool)
+    followed[:-1] = side.sample[1:] == side.sample[:-1]
+    return followed
+
+
 def sequence_mean(values: Tensor, side: Side, mask: Tensor | None = None) -> Tensor:
     """The mean of per-row `values` [N] over each sequence's rows (those in `mask`), on every row [N]; 0 where none."""
     keep = torch.ones_like(values) if mask is None else mask.to(values.dtype)
@@ -175,10 +281,14 @@ def sequence_std(values: Tensor, side: Side) -> Tensor:
 
 __all__ = [
     "DIVERGENCES",
+    "INFINITE_RATIO",
+    "Closed",
     "adaptive_kl",
     "attend",
+    "closed_form",
     "cross_entropy",
     "forward_kl",
+    "is_followed",
     "is_top",
     "js",
     "pad_rows",
@@ -188,6 +298,7 @@ __all__ = [
     "sequence_std",
     "skew_forward_kl",
     "skew_reverse_kl",
+    "top_k_and_rest",
     "total_variation",
     "unpad_rows",
 ]

@@ -59,12 +59,12 @@ class Report:
         assert self._scale is not None
         return self._scale
 
-    def listen(self, slot: str, state: Tensor) -> Tensor:
-        """The same state, of which what comes back is kept as this slot's."""
+    def listen(self, slot: str, state: Tensor, rows: Tensor | None = None) -> Tensor:
+        """The same state, of which what comes back (on these `rows` of it) is kept as this slot's."""
         if not (state.requires_grad and torch.is_grad_enabled()):
             return state
         alias = state.view_as(state)
-        alias.register_hook(lambda gradient: self._hear(slot, gradient))
+        alias.register_hook(lambda gradient: self._hear(slot, gradient if rows is None else gradient[rows]))
         return alias
 
     def _hear(self, slot: str, gradient: Tensor) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdzoo.errors import KdzooError, did_you_mean
 from kdzoo.step.batch import Side
+from kdzoo.step.head import HEAD_WEIGHT
 
 
 class View:
@@ -32,6 +33,8 @@ class View:
                 f"{did_you_mean(site, known)}; declared: {', '.join(known)}"
             )
         self.read.add(site)
+        if site == HEAD_WEIGHT and site not in self._sites:
+            raise KdzooError(f"{self._owner}: reads the site '{site}' where heads are not whole; read it in 'streams'")
         return self._sites[site]
 
     @property

@@ -8,11 +8,14 @@ logits are gone. What is not a plain sum ("rows" visits) is recomputed chunk by 
 With one tokenizer, student and teacher rows go side by side and the teacher's facts are at hand in the chunk. With
 two, the teacher's rows come first where somebody waits for their facts (rows that a loss also wants side by side with
 the student's then meet the teacher's head a second time). Packings of a loss's own come last, when all facts are
-known. No collective runs inside a loop over chunks: ranks have different numbers of rows.
+known; those that bring groups go side by side, whole groups in every chunk. Losses that need to know a whole sequence
+before its first row ("scan" visits) have a walk of their own before all that, one more product. No collective runs
+inside a loop over chunks: ranks have different numbers of rows.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -23,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from kdzoo.plugin.contracts import Loss, Needs, Visit
-from kdzoo.step.batch import Batch
-from kdzoo.step.chunk import Chunk
+from kdzoo.step.batch import Batch, Side
+from kdzoo.step.chunk import Chunk, Index, OwnRows
 from kdzoo.step.facts import facts_of, judge
-from kdzoo.step.head import Head
+from kdzoo.step.head import HEAD_WEIGHT, Head
 from kdzoo.step.report import Report, weighted_sum
 from kdzoo.step.terms import Terms
 from kdzoo.step.view import View
@@ -65,7 +68,8 @@ class Slot:
     @property
     def teacher_sites(self) -> frozenset[str]:
         """All that the teacher must capture for this slot."""
-        return frozenset({self.judge, *(self.stands_for(site) for site in self.needs.teacher)})
+        read = self.needs.teacher - {HEAD_WEIGHT}
+        return frozenset({self.judge, *(self.stands_for(site) for site in read)})
 
     def stands_for(self, site: str) -> str:
         """The site that is behind one that the loss declares."""
@@ -111,15 +115,21 @@ class Call:
     row_names: list[tuple[str, str]] = field(default_factory=list)
     """(slot, name) of every per-row tensor that the pass returns after the loss. Filled by the pass."""
 
-    def views(self, slot: Slot) -> tuple[View, View]:
-        """The slot's views; where one model is absent, its view holds no site."""
+    def views(self, slot: Slot, heads: bool = False) -> tuple[View, View]:
+        """The slot's views; where one model is absent, its view holds no site. `heads`: whether they are whole."""
         student, teacher = self.batch.student, self.batch.teacher
         present = student if student is not None else teacher
         assert present is not None
         ours = self.student
         if self.apart and ours:
-            ours = {**ours, "hidden.last": self.report.listen(slot.name, ours["hidden.last"])}
-        theirs = {site: self.teacher[slot.stands_for(site)] for site in slot.needs.teacher} if self.teacher else {}
+            heard = {"hidden.last": None, "hidden.last@all": None if student is None else student.rows}
+            listen = self.report.listen
+            ours = {**ours, **{site: listen(slot.name, ours[site], heard[site]) for site in heard.keys() & ours.keys()}}
+        read = slot.needs.teacher - {HEAD_WEIGHT}
+        theirs = {site: self.teacher[slot.stands_for(site)] for site in read} if self.teacher else {}
+        if heads:
+            whole = {name: {HEAD_WEIGHT: head.weight.detach()} for name, head in self.heads.items()}
+            ours, theirs = {**ours, **whole.get("student", {})}, {**theirs, **whole.get("teacher", {})}
         return (
             View(present if student is None else student, ours, slot.name, slot.needs.student),
             View(present if teacher is None else teacher, theirs, slot.name, slot.needs.teacher),
@@ -152,9 +162,6 @@ class VocabularyPass(nn.Module):
         return (walk.loss(), *walk.row_values())
 
 
-Index = slice | Tensor
-
-
 @dataclass(frozen=True)
 class _Stream:
     """Rows of hidden states on their way to a head."""
@@ -164,6 +171,8 @@ class _Stream:
     axis: str  # "student", "teacher", or the stream's own name
     head: str
     learns_head: bool
+    group: Tensor | None = None  # [n]
+    values: Mapping[str, Tensor] = field(default_factory=dict)  # [n, ...]
 
     @property
     def trains(self) -> bool:
@@ -180,7 +189,10 @@ class _Seen:
 
 
 Rows = Mapping[str, Index]
-"""One chunk: axis -> which of its rows. Rows of two axes in one chunk are pairs."""
+"""One chunk: axis -> which of its rows. Rows of two axes in one chunk are pairs, or (with `GROUPS`) whole groups."""
+
+GROUPS = "groups"
+"""Where a chunk has whole groups: which. No axis has this name: those of own streams have a slash in theirs."""
 
 Facts = dict[tuple[str, str], Tensor]
 """(stream that judges, fact) -> one value per teacher row."""
@@ -188,11 +200,35 @@ Facts = dict[tuple[str, str], Tensor]
 
 @dataclass(frozen=True)
 class _Tile:
-    """Rows `start` to `stop` of a chunk, and which rows of each axis they are."""
+    """A part of a chunk: by axis, which of the chunk's rows, and which rows of the axis they are."""
 
-    start: int
-    stop: int
+    part: Mapping[str, slice]
     rows: Rows
+
+
+class _Groups:
+    """Where the groups of several packings begin, so that they can be cut between groups."""
+
+    def __init__(self, streams: Mapping[str, tuple[Tensor, int]]) -> None:
+        """`streams`: axis -> the group of each row [n], and how many logits a row has."""
+        found = {axis: (group.cpu(), width) for axis, (group, width) in streams.items()}
+        assert all((group[1:] >= group[:-1]).all() for group, _ in found.values()), "groups of rows must be ascending"
+        self.count = 1 + max(int(group[-1]) if len(group) else -1 for group, _ in found.values())
+        sizes = {axis: torch.bincount(group, minlength=self.count) for axis, (group, _) in found.items()}
+        self.starts = {axis: [0, *size.cumsum(0).tolist()] for axis, size in sizes.items()}
+        rows = [(self.starts[axis], width) for axis, (_, width) in found.items()]
+        self._logits = [sum(starts[g] * width for starts, width in rows) for g in range(self.count + 1)]
+
+    def cut(self, first: int, last: int, logits: int) -> Iterator[Rows]:
+        """Groups `first` to `last` in parts of so many logits, or of one group; at least one part."""
+        while True:
+            fits = bisect_right(self._logits, self._logits[first] + logits, first, last + 1) - 1
+            stop = min(max(fits, first + 1), last)
+            parts: dict[str, Index] = {axis: slice(starts[first], starts[stop]) for axis, starts in self.starts.items()}
+            yield parts | {GROUPS: slice(first, stop)}
+            first = stop
+            if first == last:
+                return
 
 
 @dataclass(frozen=True)
@@ -271,6 +307,8 @@ class _Walk:
         self.total = hidden.new_zeros((), dtype=_at_least_float32(hidden.dtype))
         self.gradients = _Gradients(self.streams, call.heads)
         self.facts: Facts = {}
+        self._scanned: dict[str, Mapping[str, Tensor]] = {}
+        self._groups: dict[frozenset[str], _Groups] = {}
         self._values: dict[tuple[str, str], list[tuple[Index, Tensor]]] = {}
         self._length_of_value: dict[tuple[str, str], int] = {}
         self._again: list[tuple[Rows, list[_Seen]]] = []
@@ -286,6 +324,8 @@ class _Walk:
                 self._add_streams(slot, {})
         both_models = "student" in self.streams and "teacher" in self.streams
         seen = [seen for slot in slots for seen in self._model_visits(slot)]
+        self._scan([s for s in seen if s.visit.kind == "scan"])
+        seen = [s for s in seen if s.visit.kind != "scan"]
         if both_models and self.call.batch.same_tokens:
             self._walk(self._rows("student", "teacher"), seen, wanted)
         elif both_models and not wanted and any(self._axes(s) == {"student", "teacher"} for s in seen):
@@ -301,16 +341,18 @@ class _Walk:
         for slot in slots:
             if slot.streams_wait:
                 self._add_streams(slot, self.call.facts[slot.name])
-            for stream in slot.needs.streams:
-                if stream.axis == "own":
-                    axis = f"{slot.name}/{stream.name}"
-                    own = [s for s in self._visits(slot) if self._axes(s) == {axis}]
-                    self._walk(self._rows(axis), own, frozenset())
+            own: dict[tuple[str, ...], list[_Seen]] = {}
+            for s in self._visits(slot):
+                if not self._axes(s) <= {"student", "teacher"}:
+                    own.setdefault(tuple(sorted(self._axes(s))), []).append(s)
+            for axes, visits in own.items():
+                grouped = all(self.streams[axis].group is not None for axis in axes)
+                self._walk(self._whole_groups(axes) if grouped else self._rows(*axes), visits, frozenset())
 
     def _add_streams(self, slot: Slot, facts: Mapping[str, Tensor]) -> None:
         if not slot.needs.streams:
             return
-        given = slot.loss.streams(self.call.batch, *self.call.views(slot), facts)
+        given = slot.loss.streams(self.call.batch, *self.call.views(slot, heads=True), facts)
         for spec in slot.needs.streams:
             own = given[spec.name]
             name = f"{slot.name}/{spec.name}"
@@ -318,7 +360,10 @@ class _Walk:
             labels = own.labels if spec.axis == "own" else self.streams[spec.axis].labels
             assert labels is not None, f"the stream '{name}' has an axis of its own and brings no labels"
             assert len(labels) == len(own.hidden), f"the stream '{name}' has {len(own.hidden)} rows, not {len(labels)}"
-            self.streams[name] = _Stream(own.hidden, labels, axis, spec.head, spec.learns_head and self.head_learns)
+            assert own.group is None or spec.axis == "own", f"the stream '{name}' has the rows of a model, not groups"
+            values = {key: value.detach() for key, value in own.values.items()}
+            learns = spec.learns_head and self.head_learns
+            self.streams[name] = _Stream(own.hidden, labels, axis, spec.head, learns, own.group, values)
 
     def _visits(self, slot: Slot) -> Iterator[_Seen]:
         for visit in slot.needs.visits:
@@ -328,8 +373,12 @@ class _Walk:
             names = {name: models.get(name, f"{slot.name}/{name}") for name in visit.streams}
             if all(name in self.streams for name in names.values()):
                 axes = {self.streams[name].axis for name in names.values()}
-                assert len(axes) == 1 or axes <= {"student", "teacher"}, (
+                groups = visit.kind == "sum" and all(self.streams[name].group is not None for name in names.values())
+                assert len(axes) == 1 or axes <= {"student", "teacher"} or groups, (
                     f"the visit '{slot.name}.{visit.name}' puts rows of {sorted(axes)} side by side"
+                )
+                assert visit.kind != "scan" or (axes in ({"student"}, {"teacher"}) and not visit.facts), (
+                    f"the scan '{slot.name}.{visit.name}' is of one model's rows, and before all facts"
                 )
                 yield _Seen(slot, visit, names)
 
@@ -386,6 +435,45 @@ class _Walk:
 
         return cut
 
+    def _whole_groups(self, axes: tuple[str, ...]) -> Callable[[int], Iterator[Rows]]:
+        """Rows of packings that bring groups: of all of them the same groups, and none in parts."""
+        streams = {}
+        for axis in axes:  # which is the stream's name
+            stream = self.streams[axis]
+            assert stream.group is not None
+            streams[axis] = (stream.group, self.call.heads[stream.head].weight.shape[0])
+        groups = self._groups[frozenset(axes)] = _Groups(streams)
+        return lambda size: groups.cut(0, groups.count, size * sum(width for _, width in streams.values()))
+
+    # The walk before all others.
+
+    @torch.no_grad()
+    def _scan(self, seen: list[_Seen]) -> None:
+        """What losses want to know of whole sequences before they see a row for good."""
+        sums: dict[str, dict[str, Tensor]] = {s.slot.name: {} for s in seen}
+        for axis, side in (("student", self.call.batch.student), ("teacher", self.call.batch.teacher)):
+            mine = [s for s in seen if self._axes(s) == {axis}]
+            names = sorted({name for s in mine for name in s.streams.values()})
+            if not names or side is None:
+                continue
+            width = sum(self.call.heads[self.streams[name].head].weight.shape[0] for name in names)
+            for rows in self._rows(axis)(self.owner.chunk_rows(width)):
+                products = self._products(rows, names)
+                for tile in self._tiles(rows, products):
+                    _, logits = self._logits(tile, names, products)
+                    shared: dict[tuple[str, float], Tensor] = {}
+                    sample = side.sample[tile.rows[axis]]
+                    for s in mine:
+                        for name, value in _per_row(s, self._show(s, tile.rows, logits, {}, shared)).items():
+                            into = sums[s.slot.name]
+                            key = f"{s.visit.name}.{name}"
+                            if key not in into:
+                                into[key] = value.new_zeros((side.sequences, *value.shape[1:]))
+                            into[key].index_add_(0, sample, value)
+        for slot in self.owner.slots:
+            if slot.name in sums:
+                self._scanned[slot.name] = slot.loss.scan(self.call.batch, sums[slot.name])
+
     # One walk: chunk after chunk.
 
     def _walk(
@@ -403,13 +491,18 @@ class _Walk:
             self.facts = {name: torch.cat([part[name] for part in facts]) for name in sorted(wanted)}
 
     def _chunk(self, rows: Rows, names: list[str], seen: list[_Seen], wanted: frozenset[tuple[str, str]]) -> Facts:
-        names = [name for name in names if self.streams[name].axis in rows]
+        # Rows that no pair holds have no partner: what only visits of pairs see is not made for them.
+        looked_at = {name for s in seen if self._axes(s) <= rows.keys() for name in s.streams.values()}
+        looked_at |= {stream for stream, _ in wanted}
+        names = [name for name in names if name in looked_at and self.streams[name].axis in rows]
+        if not names:
+            return {}
         products = self._products(rows, names)
         received: set[str] = set()
         facts: list[Facts] = []
         for tile in self._tiles(rows, products):
             facts.append(self._tile(tile, names, products, seen, wanted, received))
-        for name in received:
+        for name in sorted(received):  # not in a set's order, which differs from run to run
             self.gradients.add(name, rows[self.streams[name].axis], products[name])
         return {name: torch.cat([part[name] for part in facts]) for name in facts[0]}
 
@@ -451,14 +544,15 @@ class _Walk:
             else:
                 with torch.no_grad():
                     self._keep_values(s, tile.rows, _per_row(s, chunk))
-                again.append(s)
+                if any(self.streams[name].trains for name in s.streams.values()):
+                    again.append(s)
         value = torch.stack(sums).sum() if sums else torch.zeros_like(self.total)
         self.total += value.detach()
         if value.requires_grad:
             received |= self._replace(tile, leaves, products, [value], [None], self.gradients)
         else:  # other tiles may have gradients
             for name in leaves.products:
-                products[name][tile.start : tile.stop] = 0
+                products[name][tile.part[self.streams[name].axis]] = 0
         if again and torch.is_grad_enabled():
             self._again.append((tile.rows, again))
         return facts
@@ -469,8 +563,15 @@ class _Walk:
         width = max(product.shape[1] for product in products.values())
         on_cpu = next(iter(products.values())).device.type == "cpu"
         size = max(1, TILE_BYTES // (4 * width)) if on_cpu else max(1, length)
+        if GROUPS in rows:
+            groups, whole = self._groups[frozenset(rows) - {GROUPS}], _as_slice(rows[GROUPS])
+            logits = sum(product.shape[1] * (size if on_cpu else len(product)) for product in products.values())
+            for part in groups.cut(whole.start, whole.stop, logits):
+                yield _Tile({axis: _within(rows[axis], part[axis]) for axis in groups.starts}, part)
+            return
         for start in range(0, max(length, 1), size):
-            yield _Tile(start, min(start + size, length), {a: _part(i, start, size, length) for a, i in rows.items()})
+            here = slice(start, min(start + size, length))
+            yield _Tile(dict.fromkeys(rows, here), {a: _part(i, start, size, length) for a, i in rows.items()})
 
     def _labels(self, name: str, rows: Rows) -> Tensor:
         stream = self.streams[name]
@@ -494,7 +595,7 @@ class _Walk:
         for name in names:
             stream = self.streams[name]
             head = self.call.heads[stream.head]
-            product = products[name][tile.start : tile.stop].detach()
+            product = products[name][tile.part[stream.axis]].detach()
             bias = None if head.bias is None else head.bias.detach()
             if stream.trains:
                 leaves.products[name] = product.requires_grad_()
@@ -509,13 +610,30 @@ class _Walk:
             shown = {name: carried[name][rows["student"]] for name in seen.visit.facts}
         else:
             shown = {name: facts[seen.slot.judge_stream, name] for name in seen.visit.facts}
+        own = {}
+        for local, name in seen.streams.items():
+            stream = self.streams[name]
+            here = rows[stream.axis]
+            group = stream.group[here] - _as_slice(rows[GROUPS]).start if stream.group is not None else None
+            own[local] = OwnRows({key: value[here] for key, value in stream.values.items()}, group)
+        groups = _as_slice(rows.get(GROUPS, slice(0, 0)))
         return Chunk(
             {local: logits[name] for local, name in seen.streams.items()},
             {local: self._labels(name, rows) for local, name in seen.streams.items()},
             shown,
             shared,
             seen.streams,
+            self._places(seen, rows),
+            self._scanned.get(seen.slot.name),
+            own,
+            groups.stop - groups.start,
         )
+
+    def _places(self, seen: _Seen, rows: Rows) -> dict[str, tuple[Side, Index]]:
+        """Where rows beside a model's stand in that model's tokens."""
+        axes = {local: self.streams[name].axis for local, name in seen.streams.items()}
+        sides = {"student": self.call.batch.student, "teacher": self.call.batch.teacher}
+        return {local: (side, rows[axis]) for local, axis in axes.items() if (side := sides.get(axis)) is not None}
 
     def _keep_apart(
         self,
@@ -549,11 +667,12 @@ class _Walk:
         found = torch.autograd.grad(outputs, inputs, output_gradients, allow_unused=True)
         received = set()
         for name, gradient in zip(leaves.products, found, strict=False):
+            part = tile.part[self.streams[name].axis]
             if gradient is not None:
-                products[name][tile.start : tile.stop] = gradient
+                products[name][part] = gradient
                 received.add(name)
             else:
-                products[name][tile.start : tile.stop] = 0
+                products[name][part] = 0
         for name, gradient in zip(leaves.biases, found[len(leaves.products) :], strict=True):
             if gradient is not None:
                 into.add_bias(self.streams[name].head, gradient)
@@ -608,7 +727,7 @@ class _Walk:
             for rows, seen in self._again:
                 names = sorted({name for s in seen for name in s.streams.values()})
                 products = self._products(rows, names)
-                tile = _Tile(0, len(next(iter(products.values()))), rows)
+                tile = _Tile(dict.fromkeys(rows, slice(None)), rows)
                 with torch.enable_grad():
                     leaves, logits = self._logits(tile, names, products)
                     shared: dict[tuple[str, float], Tensor] = {}
@@ -628,7 +747,7 @@ class _Walk:
                             scale = self.call.report.scale
                             self._keep_apart(s, rows, leaves, outputs[before:], output_gradients[before:], scale)
                     if outputs:
-                        for name in self._replace(tile, leaves, products, outputs, output_gradients, into):
+                        for name in sorted(self._replace(tile, leaves, products, outputs, output_gradients, into)):
                             into.add(name, rows[self.streams[name].axis], products[name])
         streams, heads, _ = self.leaves()
         return into.of(streams, heads)
@@ -677,6 +796,17 @@ def _per_row(seen: _Seen, chunk: Chunk) -> Mapping[str, Tensor]:
     values = seen.slot.loss.over_vocab(seen.visit.name, chunk)
     assert not isinstance(values, Terms), f"{seen.slot.name}: the visit '{seen.visit.name}' returns per-row tensors"
     return values
+
+
+def _as_slice(index: Index) -> slice:
+    assert isinstance(index, slice)
+    return index
+
+
+def _within(whole: Index, part: Index) -> slice:
+    """Where a part of an axis stands in a chunk that holds more of it."""
+    start = _as_slice(whole).start
+    return slice(_as_slice(part).start - start, _as_slice(part).stop - start)
 
 
 def _part(index: Index, start: int, size: int, length: int) -> Index:

@@ -15,11 +15,11 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from kdzoo.errors import KdzooError, did_you_mean
-from kdzoo.plugin.contracts import Loss, ModelFacts, Models, Needs, Params
+from kdzoo.plugin.contracts import Lexicon, Loss, ModelFacts, Models, Needs, Params
 from kdzoo.step.batch import Batch, Side
 from kdzoo.step.chunk import Chunk
-from kdzoo.step.distiller import Distiller, prepare, survey
-from kdzoo.step.head import Head
+from kdzoo.step.distiller import Distiller, prepare, set_up, survey
+from kdzoo.step.head import HEAD_WEIGHT, Head
 from kdzoo.step.report import Report
 from kdzoo.step.terms import Terms
 from kdzoo.step.vocabulary import CHUNK_BYTES, Call, Slot
@@ -39,9 +39,11 @@ class Recorded:
     embed: Any = None  # [V, width]
     input_ids: Any = None  # [B, T]
     chunks: Any = None
-    """[B, T, spans] bool: which aligned span each scored position belongs to, at most one."""
+    """[B, T, spans] bool: which aligned span each scored position belongs to, at most one. Default: none with two
+    tokenizers, one per row with one."""
     attention_mask: Any = None
     """[B, T], 1 on real tokens. Default: all are."""
+    lexicon: Lexicon | None = None
 
 
 @dataclass
@@ -50,7 +52,7 @@ class Replay:
 
     loss: Tensor
     terms: dict[str, Tensor]
-    """`<slot>/<term>`, divided by its count (rows, teacher rows, pairs or sequences), not weighted."""
+    """`<slot>/<term>`, divided by its count (rows, teacher rows, pairs, spans or sequences), not weighted."""
     watched: dict[str, Tensor]
     """`<slot>/<name>`, the mean; not a number where nothing was counted."""
     facts: dict[str, Mapping[str, Tensor]]
@@ -58,6 +60,8 @@ class Replay:
     gradients: dict[str, Tensor] = field(default_factory=dict)
     rows: float = 0.0
     """The student rows that terms are divided by: term x rows is the sum."""
+    start: dict[str, Tensor] = field(default_factory=dict)
+    """`<slot>.<parameter>`: what the losses themselves began with, before `weights`."""
 
 
 def replay(
@@ -68,25 +72,30 @@ def replay(
     weights: Mapping[str, Any] | None = None,
     artefacts: Mapping[str, Mapping[str, Any]] | None = None,
     same_tokens: bool,
+    pairs: Any = None,
+    student_ids: Any = None,
     only: Collection[str] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Replay:
     """Run `losses` (slot -> class, params, weight) on recorded tensors, in their own precision.
 
     `weights` sets the trainable parameters by name (`dskd.query.weight`): all of them, so that none is left to
-    chance. `artefacts` holds the tensors of the stages that the losses name in their needs. `only` keeps these
-    terms (`<slot>/<term>`) and drops the others, for recordings of single components. What does not fit together
-    is a `KdzooError` of one line.
+    chance. `artefacts` holds the tensors of the stages that the losses name in their needs. `pairs` [P, 2] are the
+    aligned rows (student row, teacher row), counted over the scored positions, and `student_ids` [W] the student's
+    token for each of the teacher's, -1 for none; by default everything is its own partner where there is one tokenizer,
+    and nothing has one where there are two. `only` keeps these terms (`<slot>/<term>`) and drops the others, for
+    recordings of single components. What does not fit together is a `KdzooError` of one line.
     """
     recorded = {name: side for name, side in (("student", student), ("teacher", teacher)) if side is not None}
     if not recorded:
         raise KdzooError("replay: no model is recorded; give the student, the teacher or both")
     tensors = {name: _Tensors(name, side, trains=name == "student") for name, side in recorded.items()}
     dtype = next(iter(tensors.values())).hidden.dtype
-    batch = _batch({name: found.side for name, found in tensors.items()}, same_tokens)
+    batch = _batch({name: found.side for name, found in tensors.items()}, same_tokens, pairs)
     models = Models(
         **{name: tensors[name].facts if name in tensors else None for name in ("student", "teacher")},
         same_tokens=same_tokens,
+        student_ids=_student_ids(student_ids, tensors, same_tokens) if len(tensors) == 2 else None,
     )
     states = {
         stage: {name: torch.as_tensor(value).to(dtype) for name, value in state.items()}
@@ -103,7 +112,10 @@ def replay(
     distiller = Distiller(None, None, slots, chunk_bytes=chunk_bytes)
     of_student = tensors["student"].sites(slots) if "student" in tensors else {}
     of_teacher = {k: v.detach() for k, v in tensors["teacher"].sites(slots).items()} if "teacher" in tensors else {}
+    heads = {name: Head(found.head) for name, found in tensors.items()}
     prepare(slots, survey(slots, batch, of_teacher))
+    set_up(slots, heads)
+    start = {name: parameter.detach().clone() for name, parameter in _trainable(distiller).items()}
     _set_weights(distiller, weights or {}, dtype)
 
     report = Report()
@@ -111,7 +123,7 @@ def replay(
         batch,
         of_student,
         of_teacher,
-        {name: Head(found.head) for name, found in tensors.items()},
+        heads,
         {name: weight for name, (_, _, weight) in losses.items()},
         report,
     )
@@ -128,6 +140,7 @@ def replay(
         {name: total / count for name, (total, count) in measured.watched.items()},
         call.facts,
         rows=batch.counts["rows"],
+        start=start,
     )
     if loss_value.requires_grad:
         loss_value.backward()
@@ -177,10 +190,10 @@ class _Tensors:
             sample=position // labels.shape[1],
             span=_spans(recorded.chunks, position),
         )
-        self.facts = ModelFacts(states.shape[-1], self.head.shape[0], 1, "recorded")
+        self.facts = ModelFacts(states.shape[-1], self.head.shape[0], 1, "recorded", recorded.lexicon)
 
     def sites(self, slots: list[Slot]) -> dict[str, Tensor]:
-        wanted = {"hidden.last"}.union(*(getattr(slot.needs, self.model) for slot in slots))
+        wanted = {"hidden.last"}.union(*(getattr(slot.needs, self.model) for slot in slots)) - {HEAD_WEIGHT}
         every = self.hidden.flatten(0, 1)
         found = {"hidden.last": every[self.side.rows], "hidden.last@all": every}
         if self.embed is not None:
@@ -193,16 +206,27 @@ class _Tensors:
         return {site: found[site] for site in wanted}
 
 
-def _batch(sides: Mapping[str, Side], same_tokens: bool) -> Batch:
+def _batch(sides: Mapping[str, Side], same_tokens: bool, recorded: Any) -> Batch:
     student, teacher = sides.get("student"), sides.get("teacher")
     if same_tokens and student is not None and teacher is not None and len(student) != len(teacher):
         raise KdzooError(
             f"replay: same_tokens, but the student scores {len(student)} rows and the teacher {len(teacher)}"
         )
     rows = len(next(iter(sides.values()))) if same_tokens else 0
+    if same_tokens and student is not None and teacher is not None and (student.span < 0).all():
+        student, teacher = (replace(side, span=torch.arange(rows)) for side in (student, teacher))
     pairs = torch.arange(rows)[:, None].expand(-1, 2)
+    if recorded is not None:
+        pairs = torch.as_tensor(recorded).long().view(-1, 2)
     batch = Batch(student, teacher, pairs, same_tokens, counts={})
     return replace(batch, counts=batch.local_counts())
+
+
+def _student_ids(recorded: Any, tensors: Mapping[str, _Tensors], same_tokens: bool) -> Tensor:
+    if recorded is not None:
+        return torch.as_tensor(recorded).long()
+    entries = torch.arange(len(tensors["teacher"].head))
+    return torch.where(entries < (len(tensors["student"].head) if same_tokens else 0), entries, -1)
 
 
 def _params(slot: str, loss: type[Loss], given: Mapping[str, Any]) -> Params:
@@ -226,6 +250,8 @@ def _check(
     for model in ("student", "teacher"):
         if getattr(needs, model) and model not in tensors:
             raise KdzooError(f"replay: '{slot}' reads the {model}, which is not recorded")
+        if needs.lexicons and model in tensors and tensors[model].facts.lexicon is None:
+            raise KdzooError(f"replay: '{slot}' reads what the {model}'s vocabulary says, and no lexicon is recorded")
     for stage in needs.artefacts.keys() - artefacts.keys():
         raise KdzooError(f"replay: '{slot}' needs the tensors of the stage '{stage}'; give them as artefacts")
 
@@ -271,8 +297,12 @@ def _spans(chunks: Any, rows: Tensor) -> Tensor:
     return numbered.flatten()[rows]
 
 
+def _trainable(distiller: Distiller) -> dict[str, nn.Parameter]:
+    return {n.removeprefix("losses."): p for n, p in distiller.named_parameters() if p.requires_grad}
+
+
 def _set_weights(distiller: Distiller, weights: Mapping[str, Any], dtype: torch.dtype) -> None:
-    trainable = {n.removeprefix("losses."): p for n, p in distiller.named_parameters() if p.requires_grad}
+    trainable = _trainable(distiller)
     for name in sorted(trainable.keys() - weights.keys()):
         raise KdzooError(f"replay: the weight '{name}' is missing; every trainable parameter needs its recorded value")
     for name in sorted(weights.keys() - trainable.keys()):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from kdzoo.data.tokenizer import load_tokenizer, same_tokens, tokens_fingerprint
+from kdzoo.data.tokenizer import lexicon, load_tokenizer, same_tokens, tokens_fingerprint
 from kdzoo.errors import ModelError
 
 Make = Callable[[str], PreTrainedTokenizerFast]
@@ -87,3 +87,28 @@ def test_missing_places_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     with pytest.raises(ModelError, match=r"^here: 'a/b' is no local folder .*\(ConnectionError: no route\); check"):
         load_tokenizer("a/b", "here")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "spaces"])
+def test_a_lexicon_has_what_tokens_add_to_a_text(kind: str, make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(kind)
+    found = lexicon(tokenizer)
+    assert len(found.texts) == len(tokenizer)
+    ids = tokenizer("Name the tallest mountain", add_special_tokens=False)["input_ids"]
+    assert "".join(found.texts[token] for token in ids).strip() == "Name the tallest mountain"
+    assert any(text.startswith(" ") for text in found.texts)
+    assert found.special == set(tokenizer.all_special_ids)
+    assert found.end == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_a_lexicon_knows_spaces_lines_and_bytes_of_real_tokenizers(name: str, shared: Path) -> None:
+    tokenizer = load_tokenizer(shared / "tokenizers" / name)
+    found = lexicon(tokenizer)
+    entries = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    spelt = {"Ġ": " ", "▁": " ", "Ċ": "\n"} if name in ("gpt2", "qwen1.5-1.8b") else {"▁": " ", "<0x0A>": "\n"}
+    for entry, text in zip(entries, found.texts, strict=True):
+        for begins, character in spelt.items():
+            assert not entry.startswith(begins) or text.startswith(character), entry
+    assert "\ufffd" in "".join(found.texts)  # single bytes
+    assert found.texts[tokenizer.eos_token_id] == tokenizer.eos_token

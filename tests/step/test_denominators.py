@@ -102,11 +102,12 @@ def test_a_micro_batch_without_rows_trains_nothing_and_reports_the_same_terms(na
 def test_the_counts_of_a_micro_batch():
     setting: Setting = make_paired_setting()
     batch: Batch = setting.batch
-    assert batch.local_counts() == {"rows": 11, "teacher_rows": 9, "pairs": 3, "sequences": 3}
+    assert batch.local_counts() == {"rows": 11, "teacher_rows": 9, "pairs": 3, "spans": 6, "sequences": 3}
     assert setting.part([0, 1]).batch.local_counts() == {
         "rows": 5,
         "teacher_rows": 6,
         "pairs": 2,
+        "spans": 4,
         "sequences": 2,
     }
     assert make_setting(rows=([2, 0], [2, 0])).batch.local_counts()["sequences"] == 1

@@ -15,6 +15,7 @@ from settings import (
     Losses,
     Outcome,
     Setting,
+    TestLoss,
     Truncated,
     TruncatedRows,
     Worst,
@@ -153,6 +154,39 @@ def test_parts_of_one_slot_are_added_before_the_norm_is_taken():
     report = Report()
     watched(setting, losses, report)
     assert norms(report)["twice"] == pytest.approx(gradient.norm().item(), rel=1e-9)
+
+
+class Everywhere(TestLoss):
+    """Reads the state at every position."""
+
+    name = "everywhere"
+
+    @classmethod
+    def needs(cls, params: NoParams, same_tokens: bool) -> Needs:
+        return Needs(student=frozenset({"hidden.last@all"}))
+
+    def combine(
+        self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor], rows: Mapping[str, Tensor]
+    ) -> Terms:
+        return Terms().add("square", student["hidden.last@all"].square().sum())
+
+
+def test_a_state_that_is_read_at_every_position_counts_where_its_rows_are():
+    setting = make(True)
+    assert setting.batch.student is not None
+    rows = setting.batch.student.rows
+    every = torch.randn(setting.batch.student.input_ids.numel(), setting.hidden.shape[1]).double().requires_grad_()
+    losses: Losses = {"all": (setting.make(Everywhere), 0.7), "sft": (setting.make(CrossEntropy), 0.5)}
+    call = replace(setting, hidden=every[rows]).call(losses)
+    call.student = {**call.student, "hidden.last@all": every}
+    call.apart = True
+    slots = [Slot(name, loss, loss.needs(loss.params, True)) for name, (loss, _) in losses.items()]
+    loss = Distiller(None, None, slots).score(call)
+    call.report.listen_to_scale(loss)
+    loss.backward()
+    call.report.close_gradients(losses)
+    expected = 0.7 * 2 * every.detach()[rows] / len(rows)
+    assert norms(call.report)["all"] == pytest.approx(expected.norm().item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("parts", [([0], [1], [2]), ([1], [0, 2])])

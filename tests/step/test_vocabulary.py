@@ -413,12 +413,15 @@ class Diverge(TestLoss):
         return Terms().add("d", type(self).divergence(chunk.logprobs("teacher"), chunk.logprobs("student")).sum())
 
 
-@pytest.mark.parametrize("divergence", ["forward_kl", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation"])
-def test_a_token_that_the_teacher_excludes_leaves_loss_and_gradients_finite(divergence):
+@pytest.mark.parametrize("divergence", ops.DIVERGENCES)
+@pytest.mark.parametrize("heads", [["teacher_head"], ["head"], ["teacher_head", "head"]], ids=", ".join)
+def test_a_token_that_a_model_excludes_leaves_loss_and_gradients_finite(divergence, heads):
     setting = make_setting()
     bias = torch.zeros(V, dtype=torch.float64)
     bias[3] = -torch.inf
-    setting = replace(setting, teacher_head=replace(setting.teacher_head, bias=torch.nn.Parameter(bias, False)))
+    for name in heads:
+        head = replace(getattr(setting, name), bias=torch.nn.Parameter(bias.clone(), name == "head"))
+        setting = replace(setting, **{name: head})
     loss = type("Made", (Diverge,), {"divergence": staticmethod(ops.DIVERGENCES[divergence])})
     found = setting.run({"d": (setting.make(loss), 1.0)}, 3)
     assert found.loss.isfinite() and found.loss > 0
