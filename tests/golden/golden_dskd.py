@@ -1,4 +1,4 @@
-"""Divergences between logits, and dual-space distillation (songmzhang/DSKD)."""
+"""Dual-space distillation (songmzhang/DSKD)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from kdzoo.testing import Recorded, Replay, replay
 from kdzoo_cross_entropy import CrossEntropy
-from kdzoo_divergences import ForwardKL
 from kdzoo_dskd import DSKD
 
 DIVERGENCES = {
@@ -26,28 +25,6 @@ DIVERGENCES = {
 
 SHARED_KEYS = {"kd_temperature", "teacher_temperature", "skew_lambda", "adaptive_kl_alpha"}
 """Of the authors' one set of arguments: every function is given all and reads some."""
-
-
-def forward_kl(golden: Golden) -> Iterator[Pair]:
-    given = configuration(golden, known={"use_tea_temp", *SHARED_KEYS})
-    params = {"temperature": given["kd_temperature"]}
-    if given.get("use_tea_temp"):
-        params["teacher_temperature"] = given["teacher_temperature"]
-    found = replay(
-        {"kd": (ForwardKL, params, 1.0)},
-        Recorded(golden["label"], logits=golden["student_logits"]),
-        Recorded(golden["label"], logits=golden["teacher_logits"]),
-        same_tokens=True,
-        chunk_bytes=CHUNK_BYTES,
-    )
-    yield from held(
-        golden,
-        {
-            "loss_sum": found.loss * found.rows,
-            "n_tokens": torch.tensor(found.rows),
-            "grad_student_logits": found.gradients["student_hidden"] * found.rows,
-        },
-    )
 
 
 DSKD_WEIGHTS = {
@@ -150,7 +127,6 @@ def component_gradients(golden: Golden, prefix: str, ours: Mapping[str, Tensor])
 
 
 COVERED: dict[str, Callable[[Golden], Iterator[Pair]]] = {
-    "songmzhang/DSKD: VariousDivergence.compute_forward_kl_divergence": forward_kl,
     "songmzhang/DSKD: DualSpaceKD.forward": partial(dskd, attention=False),
     "songmzhang/DSKD: DualSpaceKDWithCMA.forward": partial(dskd, attention=True),
 }

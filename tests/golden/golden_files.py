@@ -73,6 +73,8 @@ class Pair:
     keys: tuple[str, ...]
     ours: Tensor
     theirs: Tensor
+    noise: float = 0.0
+    """How far off the file's own number is, where its arithmetic loses more than rounding."""
 
 
 def held(golden: Golden, ours: Mapping[str, Tensor]) -> Iterator[Pair]:
@@ -83,16 +85,17 @@ def held(golden: Golden, ours: Mapping[str, Tensor]) -> Iterator[Pair]:
 
 
 def configuration(golden: Golden, *, known: set[str]) -> dict[str, Any]:
-    """The file's configuration, inline or under "configuration"; a key that is not `known` fails.
+    """The file's configuration, inline or under "configuration" (or "config"); a key that is not `known` fails.
 
     Skips a setting that is listed as not covered.
     """
     about = {"source", "file", "function", "norm", "normalisation", "note", "notes", "label_convention"}
-    given = golden.meta.get("configuration")
+    given = golden.meta.get("configuration", golden.meta.get("config"))
     found = dict(given) if given is not None else {k: v for k, v in golden.meta.items() if k not in about}
     for key, values in NOT_COVERED_SETTINGS.get(golden.function, {}).items():
-        if isinstance(found.get(key), str) and found[key] in values:
-            pytest.skip(f"{golden.function}, {key} '{found[key]}': {values[found[key]]}")
+        value = str(found.get(key))  # the list is JSON, whose keys are texts
+        if value in values:
+            pytest.skip(f"{golden.function}, {key} '{value}': {values[value]}")
     if unknown := sorted(found.keys() - known):
         raise NotUnderstood(f"configuration keys {unknown}: nothing here knows what they mean")
     return found

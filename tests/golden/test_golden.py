@@ -46,8 +46,8 @@ def test_an_unknown_function_of_a_known_repository_fails(changed):
 
 
 def test_a_listed_function_is_skipped_with_its_reason(changed):
-    file = changed("fkl_dskd_kt2", meta={"function": "VariousDivergence.compute_js_divergence"})
-    with pytest.raises(pytest.skip.Exception, match=r"compute_js_divergence: comes with the zoo$"):
+    file = changed("fkl_dskd_kt2", meta={"source": "ghwang-s/abkd@df81318", "function": "bdkd"})
+    with pytest.raises(pytest.skip.Exception, match=r"^ghwang-s/abkd: bdkd: both KLs .* no method of the zoo$"):
         check(file)
 
 

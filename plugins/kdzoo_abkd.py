@@ -1,0 +1,141 @@
+"""ABKD: the alpha-beta divergence, which has the forward and the reverse KL at two of its corners.
+
+p is the teacher's distribution, q the student's, for models that share one tokenizer. Follows ghwang-s/abkd @ df81318,
+distillation_llm/distillm/losses.py: ab_div; the one deviation, in the constants of the limits, is a parameter.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from kdzoo import Chunk, Loss, Needs, Params, Terms, Visit, hookimpl, ops
+
+
+class ABKD(Loss):
+    """The alpha-beta divergence, whose derivative by log q is q^β (q^α - p^α) / α.
+
+    Alpha shapes the error: the smaller, the more do tokens count that are off by a large factor. Beta weighs it with
+    the student's own confidence.
+    """
+
+    name = "abkd"
+    paper = (
+        "Wang et al., ABKD: Pursuing a Proper Allocation of the Probability Mass in Knowledge Distillation via "
+        "α-β-Divergence, ICML 2025, arxiv.org/abs/2505.04560"
+    )
+    formula = (
+        "L = 1/N sum_i D(p_i || q_i), D = - 1/(αβ) sum_v [p^α q^β - α/(α+β) p^(α+β) - β/(α+β) q^(α+β)], "
+        "p teacher, q student; KL(p || q) at α = 1, β = 0, and KL(q || p) at α = 0, β = 1"
+    )
+    deviations = (
+        "`ab_div` has 1/α or 1/β where the formula goes to 1/α² or 1/β²; by default the constants are the limits, "
+        "so that neighbouring parameters have neighbouring values (`constants`).",
+        "`ab_div` is not a number at both KLs and where α + β is 0 if the teacher excludes a token by a logit of "
+        "-inf; here its log-ratio counts as 100, and negative powers of probabilities are bounded.",
+        "`ab_div` loses digits in float32 where αβ is small; here differences are taken without cancellation, and "
+        "in float64 where α, β and their sum are below 0.01.",
+        "The authors' trainer divides by the rows of each micro-batch, and the paper averages over every sequence "
+        "first; here the sum is divided by the rows of the whole step.",
+        "`alphanet`, the larger of two such divergences by the mean of the micro-batch, is not offered: a "
+        "sample's loss would depend on its neighbours.",
+    )
+
+    class Params(Params):
+        alpha: float = 0.2
+        """α. Default: the authors' for GPT-2 of 0.3B and 0.7B (OpenLLaMA: 0.1)."""
+        beta: float = 0.7
+        """β. Default: the authors' for GPT-2 of 0.3B and 0.7B (OpenLLaMA: 0.8)."""
+        temperature: float = Field(1.0, gt=0)
+        """Both logits are divided by it. The paper has none for language models, one for images."""
+        constants: Literal["limit", "authors"] = "limit"
+        """Where α, β or α + β is 0. "limit": what the formula goes to, which has 1/α² or 1/β². "authors": 1/α or 1/β,
+        as in their code: another scale than the neighbours', and a negative one where that number is negative. Both
+        KLs are the same in either."""
+
+        def powers(self) -> tuple[float, float, float]:
+            """α, β and α + β; what is almost 0 beside the largest of them is 0."""
+            largest = max(abs(self.alpha), abs(self.beta), abs(self.alpha + self.beta))
+            alpha, beta, total = (
+                x if largest >= ALMOST_0 and abs(x) >= ALMOST_0 * largest else 0.0
+                for x in (self.alpha, self.beta, self.alpha + self.beta)
+            )
+            return alpha, beta, total
+
+    @classmethod
+    def needs(cls, params: ABKD.Params, same_tokens: bool) -> Needs:
+        visits = (Visit("tokens", ("student", "teacher")),)
+        return Needs(visits=visits, tokenizers="same", divergence=params.constants == "limit")
+
+    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
+        tau = self.params.temperature
+        log_p, log_q = chunk.logprobs("teacher", tau), chunk.logprobs("student", tau)
+        dtype = log_p.dtype
+        if 0 < max(abs(x) for x in self.params.powers()) < SMALL_POWER:
+            log_p, log_q = log_p.double(), log_q.double()
+        value = ops.closed_form(self.divergence, log_p, log_q).sum().to(dtype)
+        if self.params.constants == "authors":
+            value = value * self.authors_factor()
+        return Terms().add("abkd", value)
+
+    def authors_factor(self) -> float:
+        alpha, beta = self.params.alpha, self.params.beta
+        if alpha == 0:
+            return beta or 1.0
+        return alpha if beta == 0 or alpha + beta == 0 else 1.0
+
+    def divergence(self, log_p: Tensor, log_q: Tensor) -> ops.Closed:
+        """D per row, and its derivatives by log p and by log q.
+
+        With u = (q^(α+β) - p^α q^β) / α, which is the derivative by log q, w = (p^(α+β) - p^α q^β) / β, that by log p,
+        and v = (q^(α+β) - p^(α+β)) / (α+β), D is the sum of (u + w) / (α+β), which is (v + w) / α. u, v and w have
+        limits of their own, so that only the divisor outside must not be near 0.
+        """
+        alpha, beta, total = self.params.powers()
+        if (lowest := min(alpha, beta, total)) < 0:
+            floor = max(-ops.INFINITE_RATIO, LARGEST_LOG / lowest)
+            log_p, log_q = log_p.clamp_min(floor), log_q.clamp_min(floor)
+        ratio = (log_q - log_p).nan_to_num_(nan=0.0, posinf=ops.INFINITE_RATIO, neginf=-ops.INFINITE_RATIO)
+        of_p, of_q = times(log_p, total).exp(), times(log_q, total).exp()
+        of_both = (times(log_p, alpha) + times(log_q, beta)).exp()
+        u, w = difference(of_q, of_both, ratio, alpha), -difference(of_both, of_p, ratio, beta)
+        if not (alpha or beta):
+            terms = 0.5 * ratio.square()
+        elif abs(total) >= 0.5 * abs(alpha):
+            terms = (u + w) / total
+        else:
+            terms = (difference(of_q, of_p, ratio, total) + w) / alpha
+        return terms.sum(-1).clamp_min(0), lambda g: w * g, lambda g: u * g
+
+
+ALMOST_0 = 1e-6
+"""Powers this small, beside the largest of them or all, make less of a difference than float32 shows."""
+
+LARGEST_LOG = 60.0
+"""Of a probability's negative power; less likely tokens count as this, so that sums of them are finite."""
+
+SMALL_POWER = 0.01
+"""Where no power is larger, the formula is a difference of almost equal numbers and taken in float64."""
+
+
+def times(log_x: Tensor, power: float) -> Tensor:
+    """The logarithm of x^power; x^0 is 1, also at 0."""
+    return log_x * power if power else torch.zeros_like(log_x)
+
+
+def difference(x: Tensor, y: Tensor, ratio: Tensor, power: float) -> Tensor:
+    """(x - y) / power, where log x - log y is power * ratio. At power 0 that is x * ratio."""
+    if abs(power) >= 0.1:
+        return (x - y) / power
+    if not power:
+        return x * ratio
+    # From the larger of the two, so that nothing overflows.
+    return torch.expm1(-abs(power) * ratio.abs()).mul_(torch.maximum(x, y)).mul_(ratio.sign()) / -abs(power)
+
+
+@hookimpl
+def register_losses(register):  # type: ignore[no-untyped-def]
+    register(ABKD)
