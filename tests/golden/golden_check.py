@@ -9,6 +9,7 @@ from pathlib import Path
 import golden_divergences
 import golden_dskd
 import golden_residual
+import golden_uld
 import pytest
 from golden_files import INDEPENDENT, NOT_COVERED, Golden, Pair
 
@@ -16,6 +17,7 @@ COVERED: dict[str, Callable[[Golden], Iterator[Pair]]] = {
     **golden_divergences.COVERED,
     **golden_dskd.COVERED,
     **golden_residual.COVERED,
+    **golden_uld.COVERED,
 }
 """Source function -> our values beside the file's."""
 
