@@ -8,6 +8,7 @@ from pathlib import Path
 
 import golden_divergences
 import golden_dskd
+import golden_multilevel_ot
 import golden_residual
 import golden_uld
 import pytest
@@ -16,6 +17,7 @@ from golden_files import INDEPENDENT, NOT_COVERED, Golden, Pair
 COVERED: dict[str, Callable[[Golden], Iterator[Pair]]] = {
     **golden_divergences.COVERED,
     **golden_dskd.COVERED,
+    **golden_multilevel_ot.COVERED,
     **golden_residual.COVERED,
     **golden_uld.COVERED,
 }
