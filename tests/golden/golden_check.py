@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import golden_alm
 import golden_divergences
 import golden_dskd
 import golden_multilevel_ot
@@ -15,6 +16,7 @@ import pytest
 from golden_files import INDEPENDENT, NOT_COVERED, Golden, Pair
 
 COVERED: dict[str, Callable[[Golden], Iterator[Pair]]] = {
+    **golden_alm.COVERED,
     **golden_divergences.COVERED,
     **golden_dskd.COVERED,
     **golden_multilevel_ot.COVERED,
