@@ -39,6 +39,16 @@ class DSKD(Loss):
         "arxiv.org/abs/2406.17328"
     )
     formula = "L = 1/N sum_i [CE(t2s_i, y_i) + C_i D(sg(t2s_i), q_i)] + 1/N sum_j KL(p_j || s2t_j)"
+    deviations = (
+        "`DualSpaceKDWithCMA` normalises keys and values by standard deviations over the whole padded batch, "
+        "prompts included; by default they are those of one sequence's response, so that neighbours and padding "
+        "do not count (`std`).",
+        "Projected teacher states are multiplied with `lm_head.weight` alone there; here they pass the student's "
+        "whole head, with a bias, a scale or a soft cap where its family has them.",
+        "`DualSpaceKDWithCMA` fails for teachers of GPT-2's kind, whose embedding it looks for under another "
+        "name; here every family with an anatomy works.",
+        "The query's projector is always built there; here it exists only where attention aligns.",
+    )
 
     class Params(Params):
         divergence: Literal[

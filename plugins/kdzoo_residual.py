@@ -47,6 +47,10 @@ class Projectors(Loss):
     name = "projectors"
     paper = PAPER
     formula = "L_1 = - 1/M sum_j log softmax(W_T P_AT P_TA h_j)[y_j]"
+    deviations = (
+        "There is no code to differ from: the authors published none. The formula was checked against an "
+        'independent computation in float64; `reconstruction_weight` and `init` "pca" are not the paper\'s.',
+    )
 
     class Params(Params):
         width: int = Field(64, ge=1)
@@ -150,6 +154,12 @@ class Residual(Loss):
     name = "residual"
     paper = PAPER
     formula = "L_res = - 1/N sum_i log softmax(W_S (h_i - beta wrong_i P_AS z_i))[y_i],  z = P_TA h_T"
+    deviations = (
+        "There is no code to differ from: the authors published none. The formula was checked against an "
+        "independent computation in float64, and every point that the paper leaves open is a parameter.",
+        "A row whose |u| is less than a millionth of its sequence's mean has no direction: it gets no residual "
+        "and has no part in beta.",
+    )
 
     class Params(Params):
         width: int | None = Field(None, ge=1)

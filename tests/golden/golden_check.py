@@ -9,6 +9,7 @@ from pathlib import Path
 import golden_alm
 import golden_divergences
 import golden_dskd
+import golden_dskd_v2
 import golden_multilevel_ot
 import golden_residual
 import golden_uld
@@ -19,6 +20,7 @@ COVERED: dict[str, Callable[[Golden], Iterator[Pair]]] = {
     **golden_alm.COVERED,
     **golden_divergences.COVERED,
     **golden_dskd.COVERED,
+    **golden_dskd_v2.COVERED,
     **golden_multilevel_ot.COVERED,
     **golden_residual.COVERED,
     **golden_uld.COVERED,
