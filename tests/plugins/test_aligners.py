@@ -15,7 +15,7 @@ from kdzoo.data.rows import load_rows
 from kdzoo.data.tokenizer import load_tokenizer
 from kdzoo.plugin.contracts import NoParams
 from kdzoo.recipe.model import Data, Source
-from kdzoo_aligners import ByBytes, SameTokens
+from kdzoo_aligners import ByBytes, ByWords, SameTokens
 
 REAL = ("gpt2", "mistral-7b-v0.1", "qwen1.5-1.8b", "tinyllama-1.1b")
 HARD = [
@@ -104,6 +104,19 @@ def test_a_composed_accent_belongs_to_its_letter() -> None:
 def test_a_response_that_was_cut_aligns_as_far_as_it_goes() -> None:
     assert by_bytes.align(tokens("the cats", 3), tokens("the cats", 3, 8, eos=True)).pairs == [(0, 0)]
     assert by_bytes.align(tokens("the cats", 3, 5), tokens("the cats", 3, 8, eos=True)).pairs == [(0, 0)]
+
+
+def test_words_are_groups_that_begin_with_a_space_on_both_sides() -> None:
+    by_words, text = ByWords(NoParams()), "the cats sat."
+    student, teacher = tokens(text, 3, 8, 12, 13, eos=True), tokens(text, 2, 3, 7, 8, 12, 13, eos=True)
+    assert by_words.align(student, teacher) == Alignment([], [(0, 1, 0, 2), (1, 2, 2, 4), (2, 5, 4, 7)])
+    # Where offsets leave a space out, or a token ends with one.
+    trimmed = tokens(text, 3, 8, 12, 13, starts=(0, 4, 9, 12), eos=True)
+    assert by_words.align(trimmed, teacher).spans == by_words.align(student, teacher).spans
+    behind = tokens(text, 4, 9, 13, eos=True)
+    assert by_words.align(behind, behind).spans == [(0, 4, 0, 4)]
+    assert by_words.align(tokens("a b", 1, 3), tokens("a b", 1, 3)).pairs == [(0, 0), (1, 1)]
+    assert by_words.align(tokens("ab", 1), tokens("ab", 2)) == Alignment([], [])
 
 
 def test_the_same_tokens_are_paired_as_far_as_they_agree() -> None:
