@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kdzoo.adapters import add_adapter
 from kdzoo.engine.close import close_engine
 from kdzoo.engine.config import zero_stage
 from kdzoo.engine.loading import load_model
@@ -35,7 +36,10 @@ class _Sites(nn.Module):
 
 
 class FrozenModel:
-    """A causal language model without gradients, in an engine of its own if `config` shards parameters."""
+    """A causal language model without gradients, in an engine of its own if `config` shards parameters.
+
+    `adapter`: a folder of LoRA weights that stay beside its own.
+    """
 
     def __init__(
         self,
@@ -45,11 +49,14 @@ class FrozenModel:
         config: dict[str, Any],
         device: torch.device,
         fusions: Mapping[str, Fusion] = NO_FUSIONS,
+        adapter: Path | None = None,
     ) -> None:
         self.model = load_model(folder, precision, config, device)
-        self.model.requires_grad_(False).eval()
         self.anatomy = anatomies[self.model.config.model_type]
         self.head: Head = self.anatomy.head(self.model)
+        if adapter is not None:
+            self.model = add_adapter(self.model, self.anatomy, adapter, f"model {folder}")
+        self.model.requires_grad_(False).eval()
         self.facts = model_facts(self.model, self.anatomy)
         self.device = device
         self.partitioned = zero_stage(config) == 3

@@ -9,6 +9,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import safe_get_full_grad
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from transformers import get_scheduler
@@ -103,12 +104,18 @@ class StudentEngine:
         head = None if self.teacher is None else self.teacher.head
         return self.engine(batch=batch, teacher=sites, teacher_head=head, weights=weights, report=report, apart=apart)
 
-    def state(self, prefix: str) -> dict[str, Tensor]:
-        """The trained weights under `prefix` (`student.`, `losses.<slot>.`), whole, on rank 0's CPU."""
+    def state(self, prefix: str, trained_only: bool = False) -> dict[str, Tensor]:
+        """The weights under `prefix` (`student.`, `losses.<slot>.`), whole, on rank 0's CPU.
+
+        `trained_only` leaves out what an adapter stands beside.
+        """
         if self._stage_3:
-            whole = self.engine._zero3_consolidated_16bit_state_dict() or {}
+            whole = self.engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=trained_only) or {}
         else:
             whole = self.distiller.state_dict()
+        if trained_only:
+            trained = {name for name, parameter in self.distiller.named_parameters() if parameter.requires_grad}
+            whole = {name: value for name, value in whole.items() if name in trained}
         return {
             name.removeprefix(prefix): value.detach().cpu().contiguous()
             for name, value in whole.items()
@@ -168,3 +175,9 @@ def merged(report: Report, device: torch.device) -> dict[str, float]:
         name: values[f"total {name}"] / values[f"count {name}"] for name in report.watched if values[f"count {name}"]
     }
     return terms | watched | {key: math.sqrt(values[f"norm {key}"]) for key in report.norms}
+
+
+def whole_gradient(parameter: nn.Parameter) -> Tensor | None:
+    """A parameter's gradient of the whole step, on every rank, between the last backward pass and the step."""
+    gradient = safe_get_full_grad(parameter)
+    return None if gradient is None else gradient.detach().clone()

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
+from kdzoo.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, add_adapter, merge_adapter
 from kdzoo.cache import cached_folder
 from kdzoo.data.place import existing_file, hub_folder, local_folder, one_line
 from kdzoo.data.tokenizer import TOKENIZER_FILES, load_tokenizer, tokens_fingerprint
@@ -52,6 +53,10 @@ class LocalModel:
     tokenizer: Path | str
     fingerprint: str
     description: str
+    hub: str | None = None
+    """The name on the hub under which anybody finds these very weights."""
+    adapter: Path | None = None
+    """An adapter that stays beside the weights; `fingerprint` covers it."""
 
 
 class _GgufPackage(Protocol):
@@ -76,8 +81,10 @@ def resolve_model(
         said = "none of them is there" if not given else f"'{given[0]}' and '{given[1]}' are both there"
         known = ", ".join(f"'{kind}'" for kind in KINDS)
         raise ModelError(f"{address}: a model comes from one of {known}, but {said}; give one (null takes one away)")
+    hub = apart = None
     if source.name is not None:
-        folder, description = _named(source.name, source.revision, address), source.name
+        folder, hub = _named(source.name, source.revision, f"{address}.name")
+        description = source.name
     elif source.gguf_file is not None:
         file = existing_file(source.gguf_file, f"{address}.gguf_file", ModelError)
         folder, description = _converted(file, f"{address}.gguf_file"), file.name
@@ -93,9 +100,17 @@ def resolve_model(
         assert source.layers is not None
         folder = _cut(source.layers, role, teacher_folder, anatomies, f"{address}.layers")
         description = f"blocks {', '.join(map(str, source.layers))} of the teacher"
+    if source.adapter is not None:
+        where = f"{address}.adapter.name"
+        apart = _adapter(source.adapter.name, source.adapter.revision, where)
+        description = f"{description} with the adapter {source.adapter.name}"
+        if source.adapter.merge:
+            folder, hub, apart = _merged(folder, apart, where), None, None
+        else:
+            _check_fit(folder, apart, anatomies, where)
     tokenizer = folder if source.tokenizer is None else source.tokenizer
     _check_vocabulary(folder, tokenizer, address)
-    return LocalModel(folder, tokenizer, fingerprint(folder), description)
+    return LocalModel(folder, tokenizer, fingerprint(folder, apart), description, hub, apart)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -106,12 +121,15 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, adapter: Path | None = None) -> str:
     """A hash of configuration and weights; of a large file, of its tensor names and a sample of bytes."""
     config = json.loads((folder / "config.json").read_text())
     config.pop("transformers_version", None)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for file in weight_files(folder):
+    files = weight_files(folder)
+    if adapter is not None:
+        files += [adapter / ADAPTER_CONFIG, adapter / ADAPTER_WEIGHTS]
+    for file in files:
         digest.update(f"{file.name} {file.stat().st_size} ".encode())
         _add_content(digest, file)
     return digest.hexdigest()[:20]
@@ -131,18 +149,72 @@ def _add_content(digest: hashlib._Hash, file: Path) -> None:
             digest.update(content.read(_SAMPLE))
 
 
-def _named(name: str, revision: str | None, address: str) -> Path:
-    patterns = ("model*.safetensors", *TOKENIZER_FILES)
-    where = f"{address}.name"
-    folder = local_folder(name, where, ModelError) or hub_folder(name, revision, patterns, where, ModelError)
+def _named(name: str, revision: str | None, address: str) -> tuple[Path, str | None]:
+    """The folder of the model that `name` means, and its name on the hub if it is there as it stands.
+
+    An adapter's folder means the model that it names, with the adapter merged.
+    """
+    patterns = ("model*.safetensors", ADAPTER_WEIGHTS, *TOKENIZER_FILES)
+    local = local_folder(name, address, ModelError)
+    folder = local or hub_folder(name, revision, patterns, address, ModelError)
+    if not (folder / "config.json").is_file() and (folder / ADAPTER_CONFIG).is_file():
+        base, _ = _named(_base_of(folder, address), None, address)
+        return _merged(base, _whole_adapter(folder, address), address), None
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{where}: '{folder}' has no 'config.json'; give a folder that 'save_pretrained' wrote")
+        raise ModelError(f"{address}: '{folder}' has no 'config.json'; give a folder that 'save_pretrained' wrote")
     if not weight_files(folder):
         raise ModelError(
-            f"{where}: '{folder}' has no '{WEIGHTS}'; load the model with transformers and save it with "
+            f"{address}: '{folder}' has no '{WEIGHTS}'; load the model with transformers and save it with "
             "'save_pretrained', which writes one"
         )
+    return folder, name if local is None and revision is None else None
+
+
+def _adapter(name: str, revision: str | None, address: str) -> Path:
+    patterns = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    folder = local_folder(name, address, ModelError) or hub_folder(name, revision, patterns, address, ModelError)
+    return _whole_adapter(folder, address)
+
+
+def _whole_adapter(folder: Path, address: str) -> Path:
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / file).is_file():
+            raise ModelError(f"{address}: '{folder}' has no '{file}'; give an adapter's folder, as peft writes it")
     return folder
+
+
+def _base_of(adapter: Path, address: str) -> str:
+    """What an adapter's folder says that it belongs to."""
+    base = json.loads((adapter / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(
+            f"{address}: the adapter '{adapter}' does not say which model it belongs to; give that model here, and "
+            "this folder as 'adapter.name'"
+        )
+    return str(base)
+
+
+def _merged(base: Path, adapter: Path, address: str) -> Path:
+    """The model in `base` with the adapter added, in the dtype that its files have."""
+    tokenizer = adapter if (adapter / "tokenizer.json").is_file() else base
+
+    def build(folder: Path) -> None:
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+            merge_adapter(model, adapter, address).save_pretrained(folder)
+            if (tokenizer / "tokenizer.json").is_file():
+                AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+
+    made_from = {"model": fingerprint(base, adapter), "peft": metadata.version("peft")}
+    return cached_folder("models", {"merged": made_from}, build)
+
+
+def _check_fit(folder: Path, adapter: Path, anatomies: Mapping[str, Anatomy], address: str) -> None:
+    """Refuse, before anything is trained, an adapter that cannot stay beside the weights."""
+    with quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    if model.config.model_type in anatomies:  # else that is told, of any model
+        add_adapter(model, anatomies[model.config.model_type], adapter, address)
 
 
 def _from_package(package: str, address: str) -> Path:

@@ -5,7 +5,7 @@ No torch in this room. Field docstrings are the documentation of the keys.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,11 +14,38 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class Lora(Section):
+    """Low-rank adapters (LoRA, Hu et al. 2021, through peft): they are trained, and the model's own weights stay."""
+
+    rank: int = Field(default=8, ge=1)
+    """The width between the two trained matrices of a module."""
+    alpha: float | None = Field(default=None, gt=0)
+    """What an adapter adds is multiplied by `alpha / rank`. Default: the rank."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """The share of an adapted module's input that its adapter does not see while it is trained."""
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Names of modules, or ends of names; `all-linear`: every linear module but the head, which has none."""
+    export: Literal["merged", "adapter"] = "merged"
+    """What the run leaves: a plain model, or peft's adapter folder (student only)."""
+
+
+class Adapter(Section):
+    """A LoRA adapter that was trained before."""
+
+    name: str
+    """A Hugging Face name or a local folder with `adapter_config.json` and `adapter_model.safetensors`."""
+    revision: str | None = None
+    """The revision of a Hugging Face name."""
+    merge: bool = True
+    """Add it to the model's weights once, in the cache; else it stays beside them (teacher only)."""
+
+
 class ModelSource(Section):
     """Where a model comes from: exactly one of `name`, `gguf_file`, `gguf_package`, `config`, `layers`."""
 
     name: str | None = None
-    """A Hugging Face name or a local folder with weights, configuration and tokenizer."""
+    """A Hugging Face name or a local folder with weights, configuration and tokenizer; or an adapter's folder, which
+    names the model that it is merged into."""
     revision: str | None = None
     """The revision of a Hugging Face name."""
     gguf_file: str | None = None
@@ -36,6 +63,10 @@ class ModelSource(Section):
     """The seed of random weights."""
     gradient_checkpointing: bool = False
     """Recompute the blocks in the backward pass: less memory, more time (student only)."""
+    lora: Lora | None = None
+    """Train adapters instead of the weights, in every stage that trains this model. `{}` takes all defaults."""
+    adapter: Adapter | None = None
+    """An adapter that the model comes with."""
 
 
 class Fields(Section):

@@ -161,6 +161,22 @@ def _models(merged: Merged) -> Iterator[str]:
                 for key in ("layers", "gradient_checkpointing"):
                     if key in source:
                         yield fault(merged, (*at, key), "is for the student only; remove it")
+    yield from _adapters(merged)
+
+
+def _adapters(merged: Merged) -> Iterator[str]:
+    trained = bool(list(merged.objects("stages", "teacher")))
+    cut = any(source.get("layers") is not None for _, source in merged.objects("student"))
+    for at, lora in merged.objects("teacher", "lora"):
+        if not trained:
+            yield fault(merged, at, "no stage trains the teacher; add 'stages.teacher', or remove it")
+        if "export" in lora:
+            yield fault(merged, (*at, "export"), "is for the student only; remove it")
+    starts = {"student": ["a student"], "teacher": ["a teacher that is trained"] * trained + ["a student's cut"] * cut}
+    for role, from_merged in starts.items():
+        for at, adapter in merged.objects(role, "adapter"):
+            if adapter.get("merge") is False and from_merged:
+                yield fault(merged, (*at, "merge"), f"{from_merged[0]} starts from merged weights; remove it")
 
 
 def _rows(merged: Merged) -> Iterator[str]:

@@ -9,8 +9,25 @@ from typing import NamedTuple
 from huggingface_hub import ModelCardData
 
 from kdzoo.evaluate import ModelScores, Scores
-from kdzoo.recipe.model import Ramp
+from kdzoo.recipe.model import Lora, Ramp
 from kdzoo.run.progress import score_columns, score_legend
+
+USE = {
+    "transformers": (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'folder = "."  # where this file is\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+    ),
+    "peft": (
+        "from peft import AutoPeftModelForCausalLM\n"
+        "from transformers import AutoTokenizer\n\n"
+        'folder = "."  # where this file is\n'
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
+        "model = AutoPeftModelForCausalLM.from_pretrained(folder)\n"
+    ),
+}
+"""How a reader loads the folder, by the library that wrote it."""
 
 
 class CardLoss(NamedTuple):
@@ -34,15 +51,23 @@ def write_model_card(
     teacher: str | None = None,
     data: str | None = None,
     base_model: str | None = None,
+    lora: Lora | None = None,
 ) -> Path:
     """`README.md` in `folder`, Markdown with the front matter that the Hugging Face hub reads.
 
     `base`, `teacher` and `data` say in words what the student started from, learnt from and was trained on;
     `base_model` is the student's name on the hub, where it has one. Losses are in the order of `CardLoss`.
     """
-    facts = {"Student": base, "Teacher": teacher, "Data": data, "Recipe": f"`{recipe_name}` (`recipe.json`)"}
+    facts = {
+        "Student": base,
+        "Trained": None if lora is None else _trained(lora),
+        "Teacher": teacher,
+        "Data": data,
+        "Recipe": f"`{recipe_name}` (`recipe.json`)",
+    }
+    library = "peft" if lora is not None and lora.export == "adapter" else "transformers"
     parts = [
-        f"---\n{_front_matter(base_model)}\n---",
+        f"---\n{_front_matter(base_model, library)}\n---",
         f"# {title}",
         "A language model distilled with kdzoo.",
         "\n".join(f"- {name}: {text}" for name, text in facts.items() if text),
@@ -50,21 +75,23 @@ def write_model_card(
         "\n".join(_method(CardLoss(*loss)) for loss in losses),
         *_score_parts(scores),
         "## Use",
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'folder = "."  # where this file is\n'
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
-        "```",
+        f"```python\n{USE[library]}```",
     ]
     path = folder / "README.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
 
 
-def _front_matter(base_model: str | None) -> str:
+def _trained(lora: Lora) -> str:
+    targets = "all linear modules" if isinstance(lora.targets, str) else ", ".join(f"`{name}`" for name in lora.targets)
+    alpha = lora.rank if lora.alpha is None else lora.alpha
+    kept = "merged into the weights" if lora.export == "merged" else "this folder holds nothing else"
+    return f"LoRA, rank {lora.rank}, alpha {alpha:g}, dropout {lora.dropout:g}, on {targets}; {kept}"
+
+
+def _front_matter(base_model: str | None, library: str) -> str:
     data = ModelCardData(
-        library_name="transformers",
+        library_name=library,
         pipeline_tag="text-generation",
         base_model=base_model,
         tags=["distillation", "kdzoo"],

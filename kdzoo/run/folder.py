@@ -47,6 +47,7 @@ PACKAGES = (
     "datasets",
     "safetensors",
     "accelerate",
+    "peft",
     "pluggy",
     "pydantic",
     "jsonschema",

@@ -25,10 +25,19 @@ from kdzoo.evaluate.verdict import read_beside_teacher
 from kdzoo.plugin.registry import load_plugins
 from kdzoo.recipe.load import LoadedRecipe
 from kdzoo.run.card import write_model_card
-from kdzoo.run.export import save_model
+from kdzoo.run.export import save_trained
 from kdzoo.run.folder import RunFolder
 from kdzoo.run.progress import StageProgress, print_scores, say, stage_progress
-from kdzoo.run.session import Party, Session, corpus, encoding_key, experts, open_session, rows_fingerprint
+from kdzoo.run.session import (
+    Party,
+    Session,
+    Weights,
+    corpus,
+    encoding_key,
+    experts,
+    open_session,
+    rows_fingerprint,
+)
 from kdzoo.run.stages import (
     LOOKED_AT,
     Ground,
@@ -105,32 +114,41 @@ class Run:
 
     def all_stages(self) -> None:
         session, stages = self.session, self.recipe.stages
-        teacher_folder, teacher_key = session.teacher.model.folder, session.teacher.model.fingerprint
+        teacher = Weights(session.teacher.model.folder, session.teacher.model.adapter)
+        teacher_key = session.teacher.model.fingerprint
         if "teacher" in stages:
-            teacher_folder = single_model(
-                session, "teacher", stages["teacher"], session.teacher, teacher_folder, self.log
-            )
-            teacher_key = teacher_folder.name
-            session.place_student(teacher_folder)
+            trained = single_model(session, "teacher", stages["teacher"], session.teacher, teacher.folder, self.log)
+            teacher, teacher_key = Weights(trained), trained.name
+            session.place_student(trained)
         untrained, sft = session.student.model.folder, None
         if "sft" in stages:
             sft = single_model(session, "sft", stages["sft"], session.student, untrained, self.log)
 
-        self.distill(teacher_folder, teacher_key, untrained, sft)
+        self.distill(teacher, teacher_key, untrained, sft)
 
         for name, found in self.sets.items():
             self.keep(name, "copy of the input", copied_input(found, self.recipe.evaluation.decoding))
-        self.evaluate("teacher", teacher_folder, session.teacher, teacher_key)
-        self.evaluate("untrained student", untrained, session.student, session.student.model.fingerprint)
+        self.evaluate("teacher", teacher, session.teacher, teacher_key)
+        self.evaluate("untrained student", Weights(untrained), session.student, session.student.model.fingerprint)
         if sft is not None:
-            self.evaluate("student, data alone", sft, session.student, sft.name)
-        self.evaluate("student", self.path / "student", session.student, None)
+            self.evaluate("student, data alone", Weights(sft), session.student, sft.name)
+        self.evaluate("student", self.exported(untrained), session.student, None)
         self.finish()
 
-    def distill(self, teacher_folder: Path, teacher_key: str, untrained: Path, sft: Path | None) -> None:
+    @property
+    def keeps_adapter(self) -> bool:
+        """Whether the run leaves the student's adapter by itself."""
+        return self.recipe.student.lora is not None and self.recipe.student.lora.export == "adapter"
+
+    def exported(self, untrained: Path) -> Weights:
+        """The student as the run leaves it."""
+        folder = self.path / "student"
+        return Weights(untrained, folder) if self.keeps_adapter else Weights(folder)
+
+    def distill(self, teacher_weights: Weights, teacher_key: str, untrained: Path, sft: Path | None) -> None:
         """The stage that all this is for: teacher and student together; leaves the trained student's folder."""
         session = self.session
-        teacher = open_frozen(session, teacher_folder, always_sharded=True)
+        teacher = open_frozen(session, teacher_weights, always_sharded=True)
         self.judge_teacher(teacher)
         artefacts = {
             slot: {
@@ -146,29 +164,31 @@ class Run:
         engine, _ = train_stage(
             session, "distill", stage, self.recipe.losses, ground, self.log, self.path / "checkpoints"
         )
-        state = engine.state("student.")
+        state = engine.state("student.", trained_only=session.student.lora is not None)
         if rank() == 0:
-            save_model(self.path / "student", untrained, session.student.encoder.tokenizer, state)
+            save_trained(self.path / "student", untrained, session.student, state, self.keeps_adapter)
         engine.close()
         del engine, state
         release()
         barrier()
-        self.read_held_out({"student, data alone": sft, "student": self.path / "student"}, teacher)
+        self.read_held_out(
+            {"student, data alone": None if sft is None else Weights(sft), "student": self.exported(untrained)}, teacher
+        )
         teacher.close()
         del teacher, ground
         release()
         barrier()
 
-    def read_held_out(self, students: Mapping[str, Path | None], teacher: FrozenModel) -> None:
+    def read_held_out(self, students: Mapping[str, Weights | None], teacher: FrozenModel) -> None:
         """Each student's cross-entropy on the held-out rows, apart where the teacher is right and where it is wrong."""
         if self.held_out is None:
             return
         stage = self.recipe.stages["distill"]
         size = max(1, (stage.micro_batch or stage.batch) // world())
         dealt = deal(len(self.held_out.examples), size)
-        for name, path in students.items():
-            if path is not None:
-                student = open_frozen(self.session, path, always_sharded=False)
+        for name, weights in students.items():
+            if weights is not None:
+                student = open_frozen(self.session, weights, always_sharded=False)
                 batches = (self.held_out.collate(indices) for indices in dealt)
                 self.scores.setdefault(HELD_OUT, {})[name] = read_beside_teacher(student, teacher, batches)
                 student.close()
@@ -228,7 +248,7 @@ class Run:
         self.scores["train"] = {"teacher": ModelScores(rouge_l={}, cross_entropy=entropy, token_accuracy=accuracy)}
         self.say(f"teacher: wrong on {1 - accuracy:.1%} of the response tokens of the training rows")
 
-    def evaluate(self, name: str, model_folder: Path, party: Party, key: str | None) -> None:
+    def evaluate(self, name: str, weights: Weights, party: Party, key: str | None) -> None:
         """Score one model on every set; with a `key` (what the model was made from) scores are kept in the cache."""
         missing = []
         for set_name, rows in self.sets.items():
@@ -246,7 +266,7 @@ class Run:
         evaluation = self.recipe.evaluation
         runs = sum(len(d.seeds) if d.sample else 1 for d in evaluation.decoding.values())
         total = runs * sum(-(-len(self.sets[set_name]) // world()) for set_name in missing)
-        model = open_frozen(self.session, model_folder, always_sharded=False)
+        model = open_frozen(self.session, weights, always_sharded=False)
         with stage_progress(f"evaluate {name}", total, enabled=rank() == 0) as bar:
             before = 0
             for set_name in missing:
@@ -300,6 +320,7 @@ class Run:
             teacher=self.session.teacher.model.description,
             data=f"{len(self.rows.rows)} rows of '{train.lab or train.jsonl or train.dataset}'",
             base_model=self.recipe.student.name,
+            lora=self.recipe.student.lora,
         )
         print_scores(ordered)
         self.say(f"run folder: {self.path}")

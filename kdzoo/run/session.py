@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from kdzoo.adapters import add_lora
 from kdzoo.data.collate import Example, build_examples, collate
 from kdzoo.data.encode import Encoder
 from kdzoo.data.rows import Row, load_rows
@@ -26,12 +27,19 @@ from kdzoo.evaluate.generation import require_positions
 from kdzoo.models.source import LocalModel, resolve_model
 from kdzoo.plugin.contracts import Aligner, Fusion, ModelFacts, Models, Needs
 from kdzoo.plugin.registry import Registry
-from kdzoo.recipe.model import LossSlot, Recipe, Source
+from kdzoo.recipe.model import Lora, LossSlot, Recipe, Source
 from kdzoo.run.loop import Collate
 from kdzoo.step.vocabulary import Slot
 
 Artefacts = Mapping[str, Mapping[str, torch.Tensor]]
 """Artefact stage -> the state of the module it has trained."""
+
+
+class Weights(NamedTuple):
+    """Where the weights of a model are: its folder, and that of an adapter which stays beside them."""
+
+    folder: Path
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,8 @@ class Party:
 
     model: LocalModel
     encoder: Encoder
+    lora: Lora | None
+    """The adapters that are trained in place of its weights."""
 
     @property
     def pad_id(self) -> int:
@@ -71,7 +81,7 @@ class Session:
                     anatomies=self.registry.anatomies,
                     address="student",
                 )
-            self.student = Party(model, self.student.encoder)
+            self.student = replace(self.student, model=model)
 
     def slots(
         self,
@@ -122,8 +132,11 @@ def open_session(recipe: Recipe, registry: Registry, device: torch.device) -> Se
             address="student",
         )
     parties = {
-        name: Party(model, Encoder(load_tokenizer(model.tokenizer, f"{name}.tokenizer"), recipe.data))
-        for name, model in (("teacher", teacher), ("student", student))
+        name: Party(model, Encoder(load_tokenizer(model.tokenizer, f"{name}.tokenizer"), recipe.data), lora)
+        for name, model, lora in (
+            ("teacher", teacher, recipe.teacher.lora),
+            ("student", student, recipe.student.lora),
+        )
     }
     aligner = registry.aligners[recipe.align.use]
     session = Session(
@@ -144,9 +157,18 @@ def open_session(recipe: Recipe, registry: Registry, device: torch.device) -> Se
                 f"{name}: no installed anatomy knows the family '{config.model_type}'; known are "
                 f"{', '.join(sorted(registry.anatomies))}; a plugin can add one"
             )
+        if party.lora is not None:
+            check_lora(config, party.lora, registry, f"{name}.lora")
         if recipe.evaluation.sets:
             require_positions(config, recipe.data.max_prompt_length, recipe.evaluation.max_new_tokens)
     return session
+
+
+def check_lora(config: PreTrainedConfig, lora: Lora, registry: Registry, address: str) -> None:
+    """Refuse targets that the model does not have, before anything is trained."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    add_lora(model, registry.anatomies[config.model_type], lora, 0, address)
 
 
 def experts(session: Session) -> int:

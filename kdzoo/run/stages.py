@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import kdzoo
+from kdzoo.adapters import add_lora
 from kdzoo.cache import cached_folder, cached_path
 from kdzoo.data.schedule import StepPlan, plan
 from kdzoo.data.tokenizer import lexicon, student_ids
@@ -24,10 +25,10 @@ from kdzoo.engine.student import StudentEngine, build_distiller
 from kdzoo.errors import RecipeError
 from kdzoo.plugin.contracts import ModelFacts, Models
 from kdzoo.recipe.model import LossSlot, Stage
-from kdzoo.run.export import save_model
+from kdzoo.run.export import save_trained
 from kdzoo.run.loop import measure, train
 from kdzoo.run.progress import say, stage_progress
-from kdzoo.run.session import Artefacts, Corpus, Party, Session, corpus, encoding_key, sizes
+from kdzoo.run.session import Artefacts, Corpus, Party, Session, Weights, corpus, encoding_key, sizes
 from kdzoo.step.distiller import prepare, set_up, survey, teacher_sites
 from kdzoo.step.head import Head
 from kdzoo.step.vocabulary import Slot
@@ -75,6 +76,8 @@ def train_stage(
         assert ground.student_folder is not None
         module = load_model(ground.student_folder, recipe.precision, config, session.device)
         anatomy = session.registry.anatomies[module.config.model_type]
+        if ground.student.lora is not None:
+            module = add_lora(module, anatomy, ground.student.lora, seed, address)
         if recipe.student.gradient_checkpointing and ground.student is session.student:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     models = Models(
@@ -155,14 +158,16 @@ def single_model(session: Session, name: str, stage: Stage, party: Party, folder
         "rows": rows.fingerprint,
         **common_key(session, stage, losses, party),
     }
+    if party.lora is not None:
+        content["lora"] = party.lora.model_dump(mode="json", exclude={"export"})
     target = cached_path(name, content)
     if from_rank_0(target.exists()):
         say(f"{name}: trained before, found in the cache ({target})", enabled=rank() == 0)
         return target
     engine, _ = train_stage(session, name, stage, losses, Ground(party, folder, None, rows, {}), log)
-    state = engine.state("student.")
+    state = engine.state("student.", trained_only=party.lora is not None)
     if rank() == 0:
-        cached_folder(name, content, lambda out: save_model(out, folder, party.encoder.tokenizer, state))
+        cached_folder(name, content, lambda out: save_trained(out, folder, party, state))
     engine.close()
     del engine
     release()
@@ -270,12 +275,18 @@ def common_key(session: Session, stage: Stage, losses: Mapping[str, LossSlot], p
     }
 
 
-def open_frozen(session: Session, folder: Path, always_sharded: bool) -> FrozenModel:
+def open_frozen(session: Session, weights: Weights, always_sharded: bool) -> FrozenModel:
     """A model that only runs. Sharded as `distill` is; on a single rank, evaluation reads it plainly: it is whole there
     anyway."""
     config = frozen_config(session.recipe, session.recipe.stages["distill"])
     if not always_sharded and world() == 1:
         config = {**config, "zero_optimization": {"stage": 0}}
     return FrozenModel(
-        folder, session.registry.anatomies, session.recipe.precision, config, session.device, session.fusions
+        weights.folder,
+        session.registry.anatomies,
+        session.recipe.precision,
+        config,
+        session.device,
+        session.fusions,
+        weights.adapter,
     )

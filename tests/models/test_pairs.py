@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kdzoo.recipe.load import load_recipe
-from kdzoo.recipe.model import Recipe, Template
+from kdzoo.recipe.model import Lora, Recipe, Template
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 GEMMA = ("gemma_to_gpt2", "gemma_to_gemma")
@@ -38,6 +38,8 @@ def test_the_papers_pairs_have_the_published_protocol(pair: str) -> None:
     small = recipe.student.name == "openai-community/gpt2"
     distill, decoding = recipe.stages["distill"], recipe.evaluation.decoding
     assert (distill.lr, distill.epochs) == ((5e-4, 20) if small else (1e-3, 10))
+    adapters = Lora(rank=256, alpha=8, dropout=0.1, targets=["q_proj", "v_proj"])
+    assert recipe.student.lora == (None if small else adapters)
     assert (distill.batch, distill.warmup, distill.schedule, distill.weight_decay) == (32, 0, "cosine", 0.01)
     assert (recipe.stages["projectors"].epochs, recipe.stages["projectors"].weight_decay) == (10, 1e-4)
     assert (recipe.precision, recipe.data.max_length, recipe.data.max_prompt_length) == ("bf16", 512, 256)

@@ -49,6 +49,34 @@ CASES = {
         {"losses": {"kd": {"params": {"floor": {"at": 2}}}}},
         "losses.kd.params.floor.at: 2 is not a number ≥ 0 and ≤ 1 (set by patch.json)",
     ),
+    "a rank of nothing": (
+        {"student": {"lora": {"rank": 0}}},
+        "student.lora.rank: 0 is not an integer ≥ 1 (set by patch.json)",
+    ),
+    "a misspelt key of LoRA": (
+        {"student": {"lora": {"aplha": 1}}},
+        "student.lora.aplha: unknown key, did you mean 'alpha'? (set by patch.json)",
+    ),
+    "a target for all that is no list": (
+        {"student": {"lora": {"targets": "q_proj"}}},
+        "student.lora.targets: 'q_proj' is not 'all-linear' (set by patch.json)",
+    ),
+    "LoRA for a teacher that no stage trains": (
+        {"teacher": {"lora": {"rank": 4}}},
+        "teacher.lora: no stage trains the teacher; add 'stages.teacher', or remove it (set by patch.json)",
+    ),
+    "an adapter beside a student's weights": (
+        {"student": {"adapter": {"name": "a", "merge": False}}},
+        "student.adapter.merge: a student starts from merged weights; remove it (set by patch.json)",
+    ),
+    "an adapter beside the weights that a student is cut from": (
+        {"teacher": {"adapter": {"name": "a", "merge": False}}, "student": {"config": None, "layers": [0]}},
+        "teacher.adapter.merge: a student's cut starts from merged weights; remove it (set by patch.json)",
+    ),
+    "an adapter without a name": (
+        {"student": {"adapter": {}}},
+        "student.adapter.name: missing key",
+    ),
     "a fusion that the recipe does not have": (
         {"fuse": {"mean": {"use": "mean", "params": {"site": "x"}}}, "losses": {"kd": {"fuse": "maen"}}},
         "losses.kd.fuse: the recipe's 'fuse' has no 'maen', did you mean 'mean'? (set by patch.json)",

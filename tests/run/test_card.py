@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from kdzoo.evaluate import ModelScores
-from kdzoo.recipe.model import Ramp
+from kdzoo.recipe.model import Lora, Ramp
 from kdzoo.run.card import CardLoss, write_model_card
 
 LOSSES = [
@@ -50,6 +50,18 @@ def test_the_hub_reads_the_front_matter(card):
         "pipeline_tag": "text-generation",
         "tags": ["distillation", "kdzoo"],
     }
+
+
+@pytest.mark.parametrize(
+    ("export", "library", "kept"),
+    [("merged", "transformers", "merged into the weights"), ("adapter", "peft", "this folder holds nothing else")],
+)
+def test_lora_is_said_and_how_the_folder_loads(tmp_path: Path, export: str, library: str, kept: str) -> None:
+    lora = Lora.model_validate({"rank": 256, "alpha": 8, "dropout": 0.1, "targets": ["q_proj"], "export": export})
+    card = ModelCard.load(write_model_card(tmp_path, "A title", "a GPT-2", LOSSES, "one.json", {}, lora=lora))
+    assert card.data.library_name == library
+    assert f"- Trained: LoRA, rank 256, alpha 8, dropout 0.1, on `q_proj`; {kept}\n" in card.text
+    assert f"from {library} import Auto" in card.text
 
 
 def test_every_method_is_named_with_its_weight_formula_and_paper(card):
