@@ -135,9 +135,11 @@ class StudentEngine:
         close_engine(self.engine)
 
 
-def build_distiller(student: nn.Module | None, anatomy: Any, slots: Sequence[Any]) -> Distiller:
+def build_distiller(
+    student: nn.Module | None, anatomy: Any, slots: Sequence[Any], entries: int | None = None
+) -> Distiller:
     """The module that trains, whose pass gathers the frozen teacher's partitioned head when it needs it."""
-    return Distiller(student, anatomy, slots, gather=gather)
+    return Distiller(student, anatomy, slots, gather=gather, entries=entries)
 
 
 def parameter_groups(distiller: Distiller, stage: Stage, losses: Mapping[str, LossSlot]) -> list[dict[str, Any]]:

@@ -37,6 +37,8 @@ from kdzoo.run.session import (
     experts,
     open_session,
     rows_fingerprint,
+    shared_entries,
+    sizes,
 )
 from kdzoo.run.stages import (
     LOOKED_AT,
@@ -207,13 +209,27 @@ class Run:
     def say_alignment(self, examples: Sequence[Example]) -> None:
         if self.session.same_tokens:
             self.say(f"{len(examples)} training rows; teacher and student share one tokenizer")
+            student, teacher = (
+                sizes(party.model.folder, self.session).vocabulary
+                for party in (self.session.student, self.session.teacher)
+            )
+            if (entries := shared_entries(self.session, student, teacher)) is not None:
+                self.say(
+                    f"their heads are padded, the student's to {student:,} entries and the teacher's to {teacher:,}; "
+                    f"the {entries:,} of the tokenizer are compared"
+                )
             return
         aligned = sum(end - start for e in examples if e.alignment for start, end, _, _ in e.alignment.spans)
         tokens = sum(len(e.student.ends) for e in examples if e.student)
         self.say(
             f"{len(examples)} training rows; two tokenizers, {aligned / tokens:.1%} of the student's response tokens "
-            f"lie in aligned spans ('{self.recipe.align.use}')"
+            f"lie in aligned spans ('{self.recipe.align.use}'{self.readers_of_alignment()})"
         )
+
+    def readers_of_alignment(self) -> str:
+        """Which losses read pairs or spans, if not all that the spans are for is the report."""
+        readers = [f"'{name}'" for name, needs in self.session.needs(self.recipe.losses).items() if needs.aligned]
+        return f"; read by {', '.join(readers)}" if readers else "; no loss reads them"
 
     def say_fusions(self) -> None:
         """Which losses read which state of a mixture of experts; a fusion that has nothing to fuse."""

@@ -277,3 +277,13 @@ def sizes(folder: Path, session: Session) -> ModelFacts:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return model_facts(model, session.registry.anatomies[config.model_type])
+
+
+def shared_entries(session: Session, student: int, teacher: int) -> int | None:
+    """How many entries of two heads count, where one tokenizer has heads of two sizes: those that it has itself.
+
+    The others are padding, which each family's checkpoints fill up to a size of their own. None: all.
+    """
+    if not session.same_tokens or student == teacher:
+        return None
+    return min(student, teacher, len(session.teacher.encoder.tokenizer))

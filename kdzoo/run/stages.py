@@ -28,7 +28,17 @@ from kdzoo.recipe.model import LossSlot, Stage
 from kdzoo.run.export import save_trained
 from kdzoo.run.loop import measure, train
 from kdzoo.run.progress import say, stage_progress
-from kdzoo.run.session import Artefacts, Corpus, Party, Session, Weights, corpus, encoding_key, sizes
+from kdzoo.run.session import (
+    Artefacts,
+    Corpus,
+    Party,
+    Session,
+    Weights,
+    corpus,
+    encoding_key,
+    shared_entries,
+    sizes,
+)
 from kdzoo.step.distiller import prepare, set_up, survey, teacher_sites
 from kdzoo.step.head import Head
 from kdzoo.step.vocabulary import Slot
@@ -85,8 +95,13 @@ def train_stage(
         student=None if ground.student_folder is None else sizes(ground.student_folder, session),
         same_tokens=session.same_tokens,
     )
+    entries = None
     if models.student is not None and models.teacher is not None and ground.student is not None:
         tokenizers = ground.student.encoder.tokenizer, session.teacher.encoder.tokenizer
+        entries = shared_entries(session, models.student.vocabulary, models.teacher.vocabulary)
+        if entries is not None:
+            student, teacher = (replace(facts, vocabulary=entries) for facts in (models.student, models.teacher))
+            models = replace(models, student=student, teacher=teacher)
         sizes_of_heads = models.student.vocabulary, models.teacher.vocabulary
         models = replace(models, student_ids=student_ids(*tokenizers, sizes_of_heads))
     if any(needs.lexicons for needs in session.needs(losses).values()):
@@ -96,8 +111,8 @@ def train_stage(
     heads: dict[str, Head] = {} if ground.teacher is None else {"teacher": ground.teacher.head}
     if module is not None and anatomy is not None:
         heads["student"] = anatomy.head(module)
-    set_up(slots, heads, gather)
-    distiller = build_distiller(module, anatomy, slots)
+    set_up(slots, {name: replace(head, entries=entries) for name, head in heads.items()}, gather)
+    distiller = build_distiller(module, anatomy, slots, entries)
     engine = StudentEngine(distiller, ground.teacher, stage, losses, schedule.steps, config, session.device)
     with stage_progress(name, schedule.steps, enabled=rank() == 0) as bar:
 

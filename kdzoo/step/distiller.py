@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +29,18 @@ class Distiller(nn.Module):
         slots: Sequence[Slot],
         gather: Gather = already_whole,
         chunk_bytes: int = CHUNK_BYTES,
+        entries: int | None = None,
     ) -> None:
+        """`entries`: how much of both heads counts, where one tokenizer has heads that are padded differently."""
         super().__init__()
         self.student = student
-        self.losses = nn.ModuleDict({slot.name: slot.loss for slot in slots})
+        self.losses = _BySlot({slot.name: slot.loss for slot in slots})
         self.vocabulary = VocabularyPass(slots, gather, chunk_bytes)
         self.slots = tuple(slots)
         self.anatomy = anatomy
         # Found once, outside of any forward pass: reading a partitioned parameter inside one would gather it there.
-        self.head = None if student is None or anatomy is None else anatomy.head(student)
+        self.head = None if student is None or anatomy is None else replace(anatomy.head(student), entries=entries)
+        self.entries = entries
 
     def forward(
         self,
@@ -53,7 +57,7 @@ class Distiller(nn.Module):
         `report` is filled with terms and watched values; with `apart`, and once the loss has gone backward, also with
         each slot's gradient at the student's last state.
         """
-        heads = {} if teacher_head is None else {"teacher": teacher_head}
+        heads = {} if teacher_head is None else {"teacher": replace(teacher_head, entries=self.entries)}
         sites: dict[str, Tensor] = {}
         if self.student is not None:
             assert batch.student is not None and self.anatomy is not None and self.head is not None
@@ -87,6 +91,14 @@ class Distiller(nn.Module):
         return torch.stack(parts).sum() if len(parts) > 1 else loss
 
 
+class _BySlot(nn.ModuleDict):
+    """Losses under the names of their slots, which may be those of a module's own methods (`forward`, say)."""
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        assert module is not None
+        self._modules[name] = module
+
+
 def teacher_sites(slots: Sequence[Slot]) -> frozenset[str]:
     """Everything that the losses want of the teacher; its last state is always there, for its head."""
     return frozenset({"hidden.last"}).union(*(slot.teacher_sites for slot in slots))
@@ -111,7 +123,7 @@ def set_up(slots: Sequence[Slot], heads: Mapping[str, Head], gather: Gather = al
         shown = {name: head for name, head in heads.items() if HEAD_WEIGHT in declared[name]}
         if shown:
             with gather([head.weight for head in shown.values()]):
-                slot.loss.setup({name: head.weight.detach() for name, head in shown.items()})
+                slot.loss.setup({name: head.rows.detach() for name, head in shown.items()})
 
 
 def prepare(slots: Sequence[Slot], sums: Mapping[tuple[str, str], Tensor]) -> None:

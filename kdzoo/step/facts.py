@@ -74,10 +74,10 @@ def carry_by_spans(facts: Mapping[str, Tensor], student: Side, teacher: Side) ->
 def judge(hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int) -> dict[str, Tensor]:
     """`teacher.label_logprob` and `teacher.correct` of a model's rows [n, width], in chunks, nothing else kept."""
     wanted = frozenset({"teacher.label_logprob", "teacher.correct"})
-    size = max(1, chunk_bytes // (4 * head.weight.shape[0]))
+    size = max(1, chunk_bytes // (4 * head.rows.shape[0]))
     parts = []
     for rows, gold in zip(hidden.split(size), labels.split(size), strict=True):
-        logits = head.finish(rows @ head.weight.t(), head.bias)
+        logits = head.finish(rows @ head.rows.t(), head.biases)
         parts.append(facts_of(logits, gold, wanted, partial(_logprobs, logits)))
     return {name: torch.cat([part[name] for part in parts]) for name in sorted(wanted)}
 

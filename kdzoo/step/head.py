@@ -22,6 +22,26 @@ class Head:
     bias: nn.Parameter | None = None
     scale: float = 1.0
     soft_cap: float | None = None
+    entries: int | None = None
+    """How many of its V rows are entries of the tokenizer, where the others are padding that must not count."""
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows of `weight` that count; where it is whole."""
+        return self.weight if self.entries is None else self.weight[: self.entries]
+
+    @property
+    def biases(self) -> Tensor | None:
+        """Those of `rows`."""
+        return self.bias if self.bias is None or self.entries is None else self.bias[: self.entries]
+
+    def padded(self, gradient: Tensor) -> Tensor:
+        """A gradient of `rows`, or of `biases`, as one of the whole parameter."""
+        if self.entries is None:
+            return gradient
+        whole = gradient.new_zeros((self.weight.shape[0], *gradient.shape[1:]))
+        whole[: self.entries] = gradient
+        return whole
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -128,7 +128,7 @@ class Call:
         read = slot.needs.teacher - {HEAD_WEIGHT}
         theirs = {site: self.teacher[slot.stands_for(site)] for site in read} if self.teacher else {}
         if heads:
-            whole = {name: {HEAD_WEIGHT: head.weight.detach()} for name, head in self.heads.items()}
+            whole = {name: {HEAD_WEIGHT: head.rows.detach()} for name, head in self.heads.items()}
             ours, theirs = {**ours, **whole.get("student", {})}, {**theirs, **whole.get("teacher", {})}
         return (
             View(present if student is None else student, ours, slot.name, slot.needs.student),
@@ -257,7 +257,7 @@ class _Gradients:
             if name not in self.hidden:
                 self.hidden[name] = torch.zeros_like(stream.hidden)
             # Added, not set: rows that a pair holds may have been walked alone before.
-            self.hidden[name][rows] += product @ head.weight.detach()
+            self.hidden[name][rows] += product @ head.rows.detach()
         if stream.learns_head:
             states = stream.hidden.detach()[rows]
             if stream.head not in self.weight:
@@ -276,10 +276,10 @@ class _Gradients:
         for name in heads:
             head = self._heads[name]
             weight = self.weight.get(name)
-            found.append(None if weight is None else weight.to(head.weight.dtype))
+            found.append(None if weight is None else head.padded(weight.to(head.weight.dtype)))
             if head.bias is not None:
                 bias = self.bias.get(name)
-                found.append(None if bias is None else bias.to(head.bias.dtype))
+                found.append(None if bias is None else head.padded(bias.to(head.bias.dtype)))
         return found
 
 
@@ -441,7 +441,7 @@ class _Walk:
         for axis in axes:  # which is the stream's name
             stream = self.streams[axis]
             assert stream.group is not None
-            streams[axis] = (stream.group, self.call.heads[stream.head].weight.shape[0])
+            streams[axis] = (stream.group, self.call.heads[stream.head].rows.shape[0])
         groups = self._groups[frozenset(axes)] = _Groups(streams)
         return lambda size: groups.cut(0, groups.count, size * sum(width for _, width in streams.values()))
 
@@ -456,7 +456,7 @@ class _Walk:
             names = sorted({name for s in mine for name in s.streams.values()})
             if not names or side is None:
                 continue
-            width = sum(self.call.heads[self.streams[name].head].weight.shape[0] for name in names)
+            width = sum(self.call.heads[self.streams[name].head].rows.shape[0] for name in names)
             for rows in self._rows(axis)(self.owner.chunk_rows(width)):
                 products = self._products(rows, names)
                 for tile in self._tiles(rows, products):
@@ -482,7 +482,7 @@ class _Walk:
         names = {name for s in seen for name in s.streams.values()} | {stream for stream, _ in wanted}
         if not names:
             return
-        width = sum(self.call.heads[self.streams[name].head].weight.shape[0] for name in names)
+        width = sum(self.call.heads[self.streams[name].head].rows.shape[0] for name in names)
         size = self.owner.chunk_rows(width)
         facts: list[Facts] = []
         for rows in cut(size):
@@ -583,7 +583,7 @@ class _Walk:
         with torch.no_grad():
             for name in names:
                 stream = self.streams[name]
-                products[name] = stream.hidden[rows[stream.axis]] @ self.call.heads[stream.head].weight.t()
+                products[name] = stream.hidden[rows[stream.axis]] @ self.call.heads[stream.head].rows.t()
         return products
 
     def _logits(
@@ -596,7 +596,7 @@ class _Walk:
             stream = self.streams[name]
             head = self.call.heads[stream.head]
             product = products[name][tile.part[stream.axis]].detach()
-            bias = None if head.bias is None else head.bias.detach()
+            bias = None if head.biases is None else head.biases.detach()
             if stream.trains:
                 leaves.products[name] = product.requires_grad_()
                 if bias is not None and stream.learns_head:
@@ -651,7 +651,7 @@ class _Walk:
         (found,) = torch.autograd.grad(outputs, [product], output_gradients, retain_graph=True, allow_unused=True)
         if found is not None:
             gradient = self.call.report.gradient_of(seen.slot.name, self.streams["student"].hidden)
-            gradient[rows["student"]] += found @ self.call.heads["student"].weight.detach() / scale
+            gradient[rows["student"]] += found @ self.call.heads["student"].rows.detach() / scale
 
     def _replace(
         self,

@@ -63,3 +63,18 @@ def test_dskd_plus_residual_trains_on_the_lab_pair(
         "student, data alone",
         "student",
     }
+
+
+@pytest.mark.slow
+def test_heads_that_are_padded_differently_are_compared_on_what_their_tokenizer_has(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    flags = [flag for short in SHORT for flag in ("--set", short)]
+    cache = tmp_path_factory.getbasetemp() / "lab-cache"
+    padded = ("--set", "student.config.vocab_size=3000")
+    done = run(tmp_path / "run", cache, "--ranks", "2", *padded, *flags, recipe=RECIPES / "forward_kl.json")
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if "their heads are padded" in line]
+    assert len(said) == 1
+    assert "the student's to 3,000 entries" in said[0] and "of the tokenizer are compared" in said[0]
+    assert len(metrics(tmp_path / "run")) == 3

@@ -472,3 +472,10 @@ def test_the_peak_of_the_pass_does_not_grow_with_its_rows():
     few, many = peak(50), peak(500)
     logits_of_the_others = 8 * 450 * vocabulary
     assert many - few < 0.1 * logits_of_the_others
+
+
+def test_a_slot_may_have_the_name_of_a_method():
+    setting = make_setting()
+    plain, named = (setting.run({name: (setting.make(Gold), 1.0)}) for name in ("kd", "forward"))
+    torch.testing.assert_close(named.loss, plain.loss)
+    assert named.terms.keys() == {"forward/nll"}

@@ -1,0 +1,98 @@
+"""Heads that are padded beyond the tokenizer: what is compared is what the tokenizer has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from settings import Crossed, Setting, make_setting
+from torch import nn
+
+from kdzoo.data.tokenizer import load_tokenizer
+from kdzoo.plugin.registry import load_plugins
+from kdzoo.run.session import Session, shared_entries
+from kdzoo.step.capture import capture
+from kdzoo.step.distiller import Distiller
+from kdzoo.step.head import Head
+from kdzoo.step.report import Report
+from kdzoo.step.vocabulary import Slot
+from kdzoo.testing.tiny import tiny_batch, tiny_model
+from kdzoo_cross_entropy import CrossEntropy
+from kdzoo_divergences import ForwardKL
+
+MORE, EVEN_MORE = 4, 7
+
+
+def padded(setting: Setting) -> Setting:
+    """The same with more rows in both heads, of large weights."""
+
+    def more(head: Head, rows: int) -> Head:
+        weight = torch.cat([head.weight.detach(), 9 * torch.randn(rows, head.weight.shape[1], dtype=torch.float64)])
+        bias = None
+        if head.bias is not None:
+            bias = nn.Parameter(torch.cat([head.bias.detach(), torch.ones(rows, dtype=torch.float64)]))
+        learns = head.weight.requires_grad
+        return replace(head, weight=nn.Parameter(weight, learns), bias=bias, entries=len(head.weight))
+
+    hidden = setting.hidden.detach().clone().requires_grad_()
+    heads = more(setting.head, MORE), more(setting.teacher_head, EVEN_MORE)
+    return replace(setting, hidden=hidden, head=heads[0], teacher_head=heads[1])
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize("chunk_rows", [None, 2])
+def test_padding_neither_counts_nor_learns(bias, chunk_rows):
+    setting = make_setting(bias=bias)
+    losses = {
+        "sft": (setting.make(CrossEntropy), 0.5),
+        "kd": (setting.make(ForwardKL), 0.5),
+        "own": (setting.make(Crossed), 0.5),
+    }
+    found, expected = padded(setting).run(losses, chunk_rows), setting.run(losses)
+    torch.testing.assert_close(found.loss, expected.loss)
+    assert expected.gradients.keys() == found.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        ours = found.gradients[name]
+        if name.startswith("head."):
+            assert len(ours) == len(gradient) + MORE and not ours[len(gradient) :].any()
+            ours = ours[: len(gradient)]
+        torch.testing.assert_close(ours, gradient, msg=name)
+
+
+def test_models_with_heads_of_two_widths_meet_on_what_both_have():
+    registry = load_plugins()
+    student, teacher = tiny_model("gpt2", 64, seed=1).double().eval(), tiny_model("llama", 70, seed=2).double().eval()
+    batch = tiny_batch([(3, 4, 4), (2, 2, 2)], 60, 60, same_tokens=True)
+    loss = ForwardKL(ForwardKL.Params(), cast(Any, None), {})
+    slots = [Slot("kd", loss, loss.needs(loss.params, True))]
+    judge, anatomy = registry.anatomies["llama"], registry.anatomies["gpt2"]
+    with torch.no_grad():
+        sites = capture(teacher, judge, batch.teacher, {"hidden.last"})
+        states = capture(student, anatomy, batch.student, {"hidden.last"})["hidden.last"]
+        log_q = (states @ student.lm_head.weight[:60].T).log_softmax(-1)
+        log_p = (sites["hidden.last"] @ teacher.lm_head.weight[:60].T).log_softmax(-1)
+    distiller = Distiller(student, anatomy, slots, entries=60)
+    head = judge.head(teacher)
+    found = distiller(batch=batch, teacher=sites, teacher_head=head, weights={"kd": 1.0}, report=Report())
+    torch.testing.assert_close(found.detach(), (log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    found.backward()
+    assert student.lm_head.weight.grad[:60].any() and not student.lm_head.weight.grad[60:].any()
+
+
+@pytest.mark.parametrize(
+    ("same", "student", "teacher", "entries"),
+    [(True, 60, 60, None), (True, 64, 60, 50), (True, 48, 60, 48), (False, 64, 60, None)],
+)
+def test_the_tokenizers_entries_count_where_heads_differ(same, student, teacher, entries):
+    party = SimpleNamespace(encoder=SimpleNamespace(tokenizer=range(50)))
+    session = cast(Any, SimpleNamespace(same_tokens=same, teacher=party))
+    assert shared_entries(cast(Session, session), student, teacher) == entries
+
+
+def test_the_real_case_is_qwens_tokenizer_and_its_heads(shared):
+    tokenizer = load_tokenizer(shared / "tokenizers" / "qwen1.5-1.8b")
+    session = SimpleNamespace(same_tokens=True, teacher=SimpleNamespace(encoder=SimpleNamespace(tokenizer=tokenizer)))
+    assert shared_entries(cast(Session, session), 151_936, 152_064) == 151_646
