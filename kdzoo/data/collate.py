@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
@@ -14,8 +14,11 @@ from kdzoo.data.encode import Encoded, Encoder
 from kdzoo.data.rows import Row
 from kdzoo.data.template import prompt_of
 from kdzoo.errors import DataError
-from kdzoo.plugin.contracts import Aligner, Alignment, Tokens
+from kdzoo.plugin.contracts import Alignment, Tokens
 from kdzoo.step.batch import Batch, Side
+
+Align = Callable[[Sequence[Tokens], Sequence[Tokens]], Sequence[Alignment]]
+"""The alignments of many responses: the student's tokens of each, the teacher's."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,14 @@ def build_examples(
     rows: Sequence[Row],
     student_encoder: Encoder | None,
     teacher_encoder: Encoder | None,
-    aligner: Aligner | None,
+    align: Align | None,
     same: bool,
     address: str,
 ) -> list[Example]:
     """Tokenises and aligns every row, with its first reference as the response.
 
     `same`: both models have one tokenizer; one encoding serves both sides and the alignment is the identity.
-    Otherwise an `aligner` is needed where both encoders are there. Rows without a response token are a
+    Otherwise `align` is needed where both encoders are there. Rows without a response token are a
     `DataError` at `address`, with their number and the first one's id.
     """
     if student_encoder is None or teacher_encoder is None:
@@ -56,16 +59,10 @@ def build_examples(
             Example(row.id, encoded, encoded, _identity(len(encoded.ends)))
             for row, encoded in zip(rows, shared, strict=True)
         ]
-    assert aligner is not None
-    return [
-        Example(row.id, student, teacher, aligner.align(_tokens(student), _tokens(teacher)))
-        for row, student, teacher in zip(
-            rows,
-            _encode(rows, student_encoder, address),
-            _encode(rows, teacher_encoder, address),
-            strict=True,
-        )
-    ]
+    assert align is not None
+    students, teachers = _encode(rows, student_encoder, address), _encode(rows, teacher_encoder, address)
+    alignments = align(list(map(_tokens, students)), list(map(_tokens, teachers)))
+    return [Example(row.id, s, t, found) for row, s, t, found in zip(rows, students, teachers, alignments, strict=True)]
 
 
 def collate(

@@ -219,15 +219,18 @@ class Run:
                     f"the {entries:,} of the tokenizer are compared"
                 )
             return
-        aligned = sum(end - start for e in examples if e.alignment for start, end, _, _ in e.alignment.spans)
+        alignments = [e.alignment for e in examples if e.alignment is not None]
+        in_spans = sum(end - start for alignment in alignments for start, end, _, _ in alignment.spans)
+        in_pairs = sum(len(alignment.pairs) for alignment in alignments)
         tokens = sum(len(e.student.ends) for e in examples if e.student)
         self.say(
-            f"{len(examples)} training rows; two tokenizers, {aligned / tokens:.1%} of the student's response tokens "
-            f"lie in aligned spans ('{self.recipe.align.use}'{self.readers_of_alignment()})"
+            f"{len(examples)} training rows; two tokenizers, {in_spans / tokens:.1%} of the student's response tokens "
+            f"lie in aligned spans and {in_pairs / tokens:.1%} in pairs ('{self.recipe.align.use}'"
+            f"{self.readers_of_alignment()})"
         )
 
     def readers_of_alignment(self) -> str:
-        """Which losses read pairs or spans, if not all that the spans are for is the report."""
+        """Which losses read pairs or spans."""
         readers = [f"'{name}'" for name, needs in self.session.needs(self.recipe.losses).items() if needs.aligned]
         return f"; read by {', '.join(readers)}" if readers else "; no loss reads them"
 

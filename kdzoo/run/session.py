@@ -14,7 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kdzoo.adapters import add_lora
-from kdzoo.data.collate import Example, build_examples, collate
+from kdzoo.data.alignments import cached_alignments
+from kdzoo.data.collate import Align, Example, build_examples, collate
 from kdzoo.data.encode import Encoder
 from kdzoo.data.rows import Row, load_rows
 from kdzoo.data.tokenizer import load_tokenizer, same_tokens, tokens_fingerprint
@@ -233,12 +234,13 @@ def corpus(
 ) -> Corpus:
     """`student` and `teacher` are the parties whose tokens are wanted."""
     found = load_rows(source, address)
+    fingerprint = rows_fingerprint(found)
     same = session.same_tokens and student is not None and teacher is not None
     examples = build_examples(
         found,
         None if student is None else student.encoder,
         None if teacher is None else teacher.encoder,
-        session.aligner,
+        None if student is None or teacher is None else aligner_of(session, fingerprint, student, teacher),
         same,
         address,
     )
@@ -249,7 +251,21 @@ def corpus(
         pad_id_student=None if student is None else student.pad_id,
         pad_id_teacher=None if teacher is None else teacher.pad_id,
     )
-    return Corpus(found, examples, rows_fingerprint(found), lambda indices: batch([examples[i] for i in indices]))
+    return Corpus(found, examples, fingerprint, lambda indices: batch([examples[i] for i in indices]))
+
+
+def aligner_of(session: Session, rows: str, student: Party, teacher: Party) -> Align:
+    """The recipe's aligner, of these rows; what it has found before is read from the cache."""
+    used = session.recipe.align
+    code = [file.read_bytes() for file in session.registry.providers["aligner", used.use].code()]
+    made_from = {
+        "rows": rows,
+        "encoding": encoding_key(session, student, teacher),
+        "aligner": used.use,
+        "params": session.aligner.params.model_dump(),
+        "code": [hashlib.sha256(content).hexdigest() for content in code],
+    }
+    return partial(cached_alignments, session.aligner, made_from)
 
 
 def rows_fingerprint(rows: Sequence[Row]) -> str:

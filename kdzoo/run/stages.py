@@ -90,22 +90,7 @@ def train_stage(
             module = add_lora(module, anatomy, ground.student.lora, seed, address)
         if recipe.student.gradient_checkpointing and ground.student is session.student:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    models = Models(
-        teacher=None if ground.teacher is None else ground.teacher.facts,
-        student=None if ground.student_folder is None else sizes(ground.student_folder, session),
-        same_tokens=session.same_tokens,
-    )
-    entries = None
-    if models.student is not None and models.teacher is not None and ground.student is not None:
-        tokenizers = ground.student.encoder.tokenizer, session.teacher.encoder.tokenizer
-        entries = shared_entries(session, models.student.vocabulary, models.teacher.vocabulary)
-        if entries is not None:
-            student, teacher = (replace(facts, vocabulary=entries) for facts in (models.student, models.teacher))
-            models = replace(models, student=student, teacher=teacher)
-        sizes_of_heads = models.student.vocabulary, models.teacher.vocabulary
-        models = replace(models, student_ids=student_ids(*tokenizers, sizes_of_heads))
-    if any(needs.lexicons for needs in session.needs(losses).values()):
-        models = with_lexicons(models, ground.student, session.teacher)
+    models, entries = models_of(ground, losses, session)
     slots = session.slots(losses, models, ground.artefacts, seed)
     survey_rows(slots, ground, schedule, session)
     heads: dict[str, Head] = {} if ground.teacher is None else {"teacher": ground.teacher.head}
@@ -127,13 +112,27 @@ def train_stage(
     return engine, schedule
 
 
-def with_lexicons(models: Models, student: Party | None, teacher: Party) -> Models:
-    """The same, and what the vocabularies of those that take part say."""
+def models_of(ground: Ground, losses: Mapping[str, LossSlot], session: Session) -> tuple[Models, int | None]:
+    """What losses may know of the models of a stage; and how many entries of both heads count, if not all do."""
+    told = any(needs.lexicons for needs in session.needs(losses).values())
+    teacher = None if ground.teacher is None else _told(ground.teacher.facts, session.teacher, told)
+    if ground.student_folder is None:
+        return Models(teacher, None, session.same_tokens), None
+    assert ground.student is not None
+    student = _told(sizes(ground.student_folder, session), ground.student, told)
+    if teacher is None:
+        return Models(None, student, session.same_tokens), None
+    entries = shared_entries(session, student.vocabulary, teacher.vocabulary)
+    if entries is not None:
+        student, teacher = replace(student, vocabulary=entries), replace(teacher, vocabulary=entries)
+    tokenizers = ground.student.encoder.tokenizer, session.teacher.encoder.tokenizer
+    partners = student_ids(*tokenizers, (student.vocabulary, teacher.vocabulary))
+    return Models(teacher, student, session.same_tokens, partners), entries
 
-    def told(facts: ModelFacts | None, party: Party | None) -> ModelFacts | None:
-        return None if facts is None or party is None else replace(facts, lexicon=lexicon(party.encoder.tokenizer))
 
-    return replace(models, student=told(models.student, student), teacher=told(models.teacher, teacher))
+def _told(facts: ModelFacts, party: Party, lexicons: bool) -> ModelFacts:
+    """The same, and what the model's vocabulary says, if anybody asks."""
+    return replace(facts, lexicon=lexicon(party.encoder.tokenizer)) if lexicons else facts
 
 
 def survey_rows(slots: Sequence[Slot], ground: Ground, schedule: StepPlan, session: Session) -> None:

@@ -65,7 +65,7 @@ def test_spans_are_numbered_over_the_batch_and_pairs_name_packed_rows() -> None:
     assert batch.student.span.tolist() == [0, 0, 1, 2, 2, 3, -1]
     assert batch.teacher.span.tolist() == [0, 1, 2, 3]
     assert batch.pairs.tolist() == [[2, 1], [5, 3]]
-    assert batch.counts == {"rows": 7, "teacher_rows": 4, "pairs": 2, "sequences": 2}
+    assert batch.counts == {"rows": 7, "teacher_rows": 4, "pairs": 2, "spans": 4, "sequences": 2}
 
 
 def test_every_real_token_of_the_teacher_can_be_scored() -> None:
@@ -74,7 +74,7 @@ def test_every_real_token_of_the_teacher_can_be_scored() -> None:
     assert batch.teacher.rows.tolist() == [0, 1, 5, 6, 7, 8]
     assert batch.teacher.labels.tolist() == [12, 13, 15, 16, 17, 18]
     assert batch.teacher.span.tolist() == [0, 1, -1, -1, 2, 3]
-    assert batch.counts == {"rows": 0, "teacher_rows": 6, "pairs": 0, "sequences": 2}
+    assert batch.counts == {"rows": 0, "teacher_rows": 6, "pairs": 0, "spans": 0, "sequences": 2}
     with_student = collate(TWO, **{**BOTH, "rows": "sequence"})
     assert with_student.student is not None and len(with_student.student) == 7
     assert with_student.pairs.tolist() == [[2, 1], [5, 5]]
@@ -87,6 +87,7 @@ def test_a_text_without_a_prompt_has_no_row_for_its_first_token() -> None:
     assert batch.student.rows.tolist() == [0, 1]
     assert batch.student.span.tolist() == [0, 1]
     assert batch.pairs.tolist() == [[1, 0]]
+    assert batch.counts["spans"] == 1  # of the two, the first has no row on the teacher's side
     assert collate([replace(lone[0], alignment=Alignment([(0, 0)], []))], **BOTH).pairs.tolist() == []
 
 
@@ -137,7 +138,12 @@ def test_two_tokenizers_are_aligned_by_the_aligner(
     bytes_tokenizer: PreTrainedTokenizerFast, spaces_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     student, teacher = Encoder(bytes_tokenizer, DATA), Encoder(spaces_tokenizer, DATA)
-    (one, _) = build_examples(ROWS, student, teacher, FirstTwo(NoParams()), same=False, address="data.train")
+    first_two = FirstTwo(NoParams())
+
+    def align(ours: Sequence[Tokens], theirs: Sequence[Tokens]) -> list[Alignment]:
+        return [first_two.align(mine, yours) for mine, yours in zip(ours, theirs, strict=True)]
+
+    (one, _) = build_examples(ROWS, student, teacher, align, same=False, address="data.train")
     assert one.alignment is not None and one.alignment.pairs == [(2, 1)]
     assert one.student is not None and one.teacher is not None
     assert one.student.text == one.teacher.text == "Mont Blanc"

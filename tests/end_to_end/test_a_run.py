@@ -24,7 +24,8 @@ DECODINGS = '{"greedy": {}, "sampled": {"sample": true, "top_p": 0.9, "seeds": [
 
 STEP = r"  loss \d+\.\d{3}  [\d,]+ rows/s(  \d+:\d\d left|  took \d+:\d\d)?"
 SCREEN = (
-    r"20 training rows; two tokenizers, \d+\.\d% of the student's response tokens lie in aligned spans \('by_bytes'\)",
+    r"20 training rows; two tokenizers, \d+\.\d% of the student's response tokens lie in aligned spans "
+    r"and \d+\.\d% in pairs \('by_bytes'; read by 'residual'\)",
     r"teacher: a mixture of 4 experts; 'dskd' reads its own state; 'residual' reads 'expert_attention'",
     rf"(teacher|sft|projectors|distill) +\d+/\d+{STEP}",
     r"teacher: wrong on \d+\.\d% of the response tokens of the training rows",
