@@ -130,6 +130,32 @@ def list_plugins(plugins: Sequence[Path], as_json: bool) -> None:
         click.echo("\n".join(_lines(declared)))
 
 
+@cli.command()
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set a parameter of the loss; repeatable.")
+@click.option("--ranks/--no-ranks", default=True, help="Whether two ranks of ZeRO-3 are tried, half a minute.")
+@plugin_option
+@click.argument("name_or_file")
+def check(name_or_file: str, sets: Sequence[str], ranks: bool, plugins: Sequence[Path]) -> int:
+    """Hold a loss, or every loss of a plugin file, to what losses promise."""
+    from kdzoo.plugin.registry import losses_called
+    from kdzoo.recipe.load import flag
+    from kdzoo.recipe.merge import merge
+    from kdzoo.testing import conformance
+
+    params = merge([flag(text) for text in sets]).document
+    kept = True
+    for loss in losses_called(name_or_file, plugins):
+        results = conformance(loss, params, ranks=ranks)
+        click.echo(f"{loss.name}{f' with {json.dumps(params)}' if params else ''}")
+        for result in results:
+            mark = click.style("FAILED", fg="red") if result.fault else click.style("ok", fg="green") + "    "
+            click.echo(f"  {mark}  {result.check:<12}{result.promise}")
+            if result.fault:
+                click.echo(f"          {result.fault}")
+                kept = False
+    return 0 if kept else 1
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is 2 for what the user can fix."""
     try:

@@ -77,6 +77,21 @@ def load_plugins(loose: Sequence[Path] = ()) -> Registry:
     )
 
 
+def losses_called(name_or_file: str, loose: Sequence[Path] = ()) -> list[type[Loss]]:
+    """The loss of a name, or every loss of a plugin's file, installed or not. Neither is a `PluginError`."""
+    file = Path(name_or_file)
+    installed = {plugin.file for plugin in find_plugins()}
+    registry = load_plugins([*loose, file] if file.suffix == ".py" and file.resolve() not in installed else loose)
+    if name_or_file in registry.losses:
+        return [registry.losses[name_or_file]]
+    providers = {name: registry.providers["loss", name].file for name in registry.losses}
+    found = [loss for name, loss in registry.losses.items() if providers[name] == file.resolve()]
+    if not found:
+        why = "registers no loss" if file.is_file() else f"no such loss{did_you_mean(name_or_file, registry.losses)}"
+        raise PluginError(f"{name_or_file}: {why}; give a loss of 'kdzoo list', or a plugin's file")
+    return found
+
+
 def collect(plugins: Sequence[PluginSource]) -> tuple[pluggy.HookRelay, list[Registered]]:
     """Import these plugins and let each register; clashes between them are not looked at."""
     manager = pluggy.PluginManager("kdzoo")

@@ -43,7 +43,7 @@ def load_recipe(
     layers = [*_layers(path)]
     for pair in on:
         layers += _layers(_existing(pair))
-    layers += [_flag(text) for text in sets]
+    layers += [flag(text) for text in sets]
     merged = merge(layers)
     plugin_files = (*loose, *_recipe_plugins(merged))
     schema = recipe_schema(declarations(plugin_files), whole=True)
@@ -95,7 +95,7 @@ def _layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[Layer]:
     yield Layer(str(path), path.parent, patch)
 
 
-def _flag(text: str) -> Layer:
+def flag(text: str) -> Layer:
     """`losses.kd.weight=0.5` as a patch. What is not JSON is a string."""
     address, equals, value = text.partition("=")
     keys = address.split(".")

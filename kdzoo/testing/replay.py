@@ -103,11 +103,11 @@ def replay(
     }
     slots = []
     for slot, (loss, given, _) in losses.items():
-        params = _params(slot, loss, given)
+        params = valid_params(f"replay: the params of '{slot}'", loss, given)
         needs = loss.needs(params, same_tokens)
         _check(slot, needs, tensors, states, same_tokens)
         kept = loss if only is None else _with_only(loss, slot, only)
-        with _default_dtype(dtype):  # so that frozen artefacts keep the recording's precision
+        with default_dtype(dtype):  # so that frozen artefacts keep the recording's precision
             slots.append(Slot(slot, kept(params, models, states), needs))
     distiller = Distiller(None, None, slots, chunk_bytes=chunk_bytes)
     of_student = tensors["student"].sites(slots) if "student" in tensors else {}
@@ -229,12 +229,13 @@ def _student_ids(recorded: Any, tensors: Mapping[str, _Tensors], same_tokens: bo
     return torch.where(entries < (len(tensors["student"].head) if same_tokens else 0), entries, -1)
 
 
-def _params(slot: str, loss: type[Loss], given: Mapping[str, Any]) -> Params:
+def valid_params(address: str, loss: type[Loss], given: Mapping[str, Any]) -> Params:
+    """The loss's parameters; what it does not have is a `KdzooError` at `address`."""
     try:
         return loss.Params.model_validate(given)
     except ValidationError as error:
         faults = (f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors())
-        raise KdzooError(f"replay: the params of '{slot}': {'; '.join(faults)}") from error
+        raise KdzooError(f"{address}: {'; '.join(faults)}") from error
 
 
 def _check(
@@ -274,7 +275,8 @@ def _with_only(loss: type[Loss], slot: str, only: Collection[str]) -> type[Loss]
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors have this precision within."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
 from torch import Tensor
 
 from kdzoo.step.batch import Side
+from kdzoo.testing.ranks import on_ranks
 from kdzoo.testing.tiny import save_tiny_model, tiny_batch
 
 V = 61

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
 from test_zero_equals_torch import CONFIG, LOSSES, V, W, parts, slots
 from torch import Tensor
 
 from kdzoo.adapters import add_adapter, add_lora, save_adapter
 from kdzoo.recipe.model import Lora
+from kdzoo.testing.ranks import on_ranks
 from kdzoo.testing.tiny import save_tiny_model
 
 LORA = Lora(rank=3, alpha=6)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import on_ranks
 from torch import Tensor
 
+from kdzoo.testing.ranks import on_ranks
 from kdzoo.testing.tiny import save_tiny_model, tiny_batch, tiny_model
 
 V, W, LOW = 61, 53, 8

@@ -6,19 +6,36 @@ import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
 import torch.multiprocessing
 
+from kdzoo.errors import KdzooError
 
-def on_ranks(ranks: int, folder: Path, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `work(*arguments)` returns on every rank, in their order."""
+LONGEST = 1800.0
+
+
+def on_ranks(
+    ranks: int, folder: Path, work: Callable[..., Any], *arguments: Any, seconds: float = LONGEST
+) -> list[Any]:
+    """What `work(*arguments)` returns on every rank, each a fresh process of this machine, in their order.
+
+    Ranks that do not come together within `seconds` are stopped: a `KdzooError`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(_rank, (ranks, port, folder, work, arguments), nprocs=ranks)
+    settings = (ranks, port, folder, work, arguments)
+    running = torch.multiprocessing.spawn(_rank, settings, nprocs=ranks, join=False)
+    end = monotonic() + seconds
+    while not running.join(timeout=max(0.0, end - monotonic())):
+        if monotonic() > end:
+            for process in running.processes:
+                process.kill()
+            raise KdzooError(f"the ranks wait for each other since {seconds:.0f} s; run every module on every rank")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 

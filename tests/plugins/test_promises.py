@@ -1,0 +1,206 @@
+"""Every loss of kdzoo, with every parameter that changes what it does, keeps what a loss promises."""
+
+from __future__ import annotations
+
+from itertools import combinations_with_replacement
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdzoo.testing import check_loss
+from kdzoo.testing.conformance.ranks import two_ranks
+from kdzoo.testing.conformance.world import Outcome, Subject, World, rearranged, registry
+
+SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "abkd": [
+        {"temperature": 2.0},
+        {"alpha": 0.5, "beta": 0.0},
+        {"alpha": 0.0, "beta": 0.5},
+        {"alpha": 0.0, "beta": 0.0},
+        {"alpha": 0.5, "beta": -0.5},
+        {"alpha": -0.5, "beta": 1.2, "constants": "authors"},
+    ],
+    "adaptive_kl": [{"head_mass": 0.3, "crossing": "tail"}],
+    "alm": [
+        {"difference": "reverse_binary_kl"},
+        {"difference": "binary_kl_temp_limit"},
+        {"difference": "abs"},
+        {"difference": "abs_exp", "temperature": 5.0},
+        {"difference": "renyi", "order": 0.5},
+        {"difference": "joschu_k2"},
+        {"difference": "joschu_k3"},
+        {"append_boundary": False, "merge_below": 0.0},
+        {"boundary": "end", "last_state": True},
+        {"numerator": "log1p_token_count", "denominator": "token_count"},
+        {"merge_below": 0.5},
+        {"denominator": "merged_chunk_count", "merge_below": 0.5},
+    ],
+    "cross_entropy": [
+        {"where": "teacher_right"},
+        {"where": "teacher_wrong"},
+    ],
+    "dskd": [
+        {"alignment": "attention"},
+        {"alignment": "attention", "std": "batch"},
+        {"divergence": "adaptive_kl", "head_mass": 0.3},
+        {"divergence": "skew_reverse_kl", "skew": 0.3, "temperature": 1.0},
+        {"teacher_temperature": 2.0},
+    ],
+    "dskd_v2": [
+        {"mask": False},
+        {"mean": "batch", "threshold": 0.5},
+        {"start": "random", "student_to_teacher": "trained"},
+        {"spaces": "student"},
+        {"spaces": "teacher", "divergence": "reverse_kl"},
+        {"top_vocabulary": 20},
+    ],
+    "forward_kl": [
+        {"temperature": 2.0, "square_temperature": True},
+        {"teacher_temperature": 2.0},
+        {"subtract_entropy": False},
+        {"top_k": 5},
+        {"top_k": 5, "rest": "dropped"},
+    ],
+    "js": [{"teacher_weight": 0.0}, {"teacher_weight": 1.0}, {"teacher_weight": 0.1}],
+    "multilevel_ot": [
+        {"matching": "rank"},
+        {"matching": "rank_batch", "k": 10},
+        {"matching": "sort", "normalise": True},
+        {"swap": True, "second_softmax": True},
+        {"reduction": "padded"},
+        {"reduction": "padded_last"},
+        {"beta": 0.0, "gamma": 0.0},
+        {"skip_student_eos": False, "skip_teacher_eos": False, "sd_temperature": 1.0},
+    ],
+    "projectors": [
+        {"width": 8, "rows": "response"},
+        {"target": "teacher", "reconstruction_weight": 0.5},
+        {"init": "pca", "width": 8},
+    ],
+    "residual": [
+        {"beta": "row", "beta_gradient": True},
+        {"beta": "batch"},
+        {"beta": "none", "head_gradient": False},
+        {"beta": 0.5, "state_gradient": False},
+        {"indicator": "soft", "temperature": 2.0},
+        {"indicator": "all"},
+        {"indicator": "random"},
+        {"top_k": 3},
+        {"projector": "trained"},
+        {"pretrained": False, "projector": "trained", "width": 8},
+        {"direction": "random"},
+        {"normalise": "l2", "wrong": "attention"},
+        {"attend": "sequence", "wrong": "projected"},
+        {"wrong": "entropy"},
+    ],
+    "reverse_kl": [{"temperature": 2.0}],
+    "skew_forward_kl": [{"skew": 0.0}, {"skew": 0.5}],
+    "skew_reverse_kl": [{"skew": 0.0}],
+    "total_variation": [
+        {"temperature": 2.0},
+    ],
+    "uld": [
+        {"student_temperature": 2.0, "teacher_temperature": 0.5},
+        {"skip_student_eos": False, "skip_teacher_eos": False},
+        {"mean": "rows"},
+        {"align": "text"},
+        {"align": "text", "base": "first"},
+        {"align": "text", "hybrid": True},
+        {"hybrid": True, "beta": 0.0, "matched_weight": 0.5, "unmatched_weight": 0.1},
+        {"window": "late"},
+    ],
+}
+"""By loss: parameters beside its defaults, which are always tried."""
+
+
+WORLDS = [
+    (name, same_tokens)
+    for name in SETTINGS
+    for same_tokens in (True, False)
+    if same_tokens or Subject.of(registry().losses[name]).fits_two_tokenizers
+]
+"""Each loss with one tokenizer, and with two where it takes two."""
+
+
+def describe(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={chosen}" for key, chosen in value.items())
+    return {True: "one tokenizer", False: "two tokenizers"}.get(value, str(value))
+
+
+def test_every_loss_is_tried():
+    assert SETTINGS.keys() == registry().losses.keys()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_with_its_defaults_it_keeps_every_promise(name):
+    check_loss(registry().losses[name], ranks=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "params"), [(n, p) for n, many in SETTINGS.items() for p in many], ids=describe)
+def test_with_other_parameters_it_keeps_every_promise(name, params):
+    check_loss(registry().losses[name], params, ranks=False)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_zero_are_one_process_for_every_loss():
+    subjects = [Subject.of(loss) for loss in registry().losses.values()]
+    tried = [(subject, same) for subject in subjects for same in (True, False) if same or subject.fits_two_tokenizers]
+    faults = zip(tried, two_ranks(tried), strict=True)
+    assert {(subject.loss.name, same): fault for (subject, same), fault in faults if fault} == {}
+
+
+# Random batches, where the kit has one: what a loss says of a sequence depends on that sequence alone.
+
+lengths = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)), min_size=2, max_size=4)
+
+
+@pytest.mark.parametrize(("name", "same_tokens"), WORLDS, ids=describe)
+@settings(max_examples=6, deadline=None)
+@given(lengths=lengths, seed=st.integers(0, 99), padding=st.integers(0, 3), data=st.data())
+def test_padding_order_and_splits_change_nothing(name, same_tokens, lengths, seed, padding, data):
+    world = World(Subject.of(registry().losses[name]), same_tokens)
+    batch = world.batch(lengths, seed)
+    order = data.draw(st.permutations(range(len(lengths))))
+    cut = data.draw(st.integers(1, len(lengths) - 1))
+    whole = world.run([world.slot()], batch)
+    parts = [world.run([world.slot()], rearranged(batch, part, padding)) for part in (order[:cut], order[cut:])]
+    assert whole.difference(parts[0].plus(parts[1])) == ""
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_gradient_reaches_prompts_or_padding(name):
+    world = World(Subject.of(registry().losses[name]), same_tokens=True)
+    slot, batch = world.slot(), world.batch()
+    gradient = world.recorded(slot, batch).run(slot).gradients.get("student hidden.last@all")
+    if gradient is not None:
+        assert batch.student is not None and gradient[batch.student.rows].any()
+        gradient[batch.student.rows] = 0
+        assert not gradient.any()
+
+
+# Composition: what two losses say together is what they say apart, added.
+
+PAIRS = [
+    (first, second, same)
+    for (first, same), (second, same_too) in combinations_with_replacement(WORLDS, 2)
+    if same == same_too and "projectors" not in (first, second)  # which trains on a teacher alone
+]
+
+
+@pytest.mark.parametrize(("first", "second", "same_tokens"), PAIRS, ids=describe)
+def test_any_two_losses_compose(first, second, same_tokens):
+    subjects = [Subject.of(registry().losses[name]) for name in (first, second)]
+    worlds = [World(subject, same_tokens) for subject in subjects]
+    slots = [world.slot(name=name) for world, name in zip(worlds, ("one", "other"), strict=True)]
+    batch = worlds[0].batch()
+    together = worlds[0].run(slots, batch)
+    apart: list[Outcome] = [worlds[0].run([slot], batch) for slot in slots]
+    assert together.terms.keys() == apart[0].terms.keys() | apart[1].terms.keys()
+    assert together.difference(apart[0].plus(apart[1])) == ""
+    assert any(gradient is not None and gradient.any() for gradient in together.gradients.values())
+    assert torch.isfinite(together.loss)
