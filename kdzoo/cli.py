@@ -102,14 +102,18 @@ def schema(plugins: Sequence[Path], write: Path | None) -> None:
     from kdzoo.plugin.declarations import declarations
     from kdzoo.recipe.schema import recipe_schema
 
-    text = _json(recipe_schema(declarations(plugins)))
-    if write is None:
-        click.echo(text)
-        return
-    try:
-        write.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise KdzooError(f"{write}: cannot be written ({error.strerror})") from error
+    _print_or_write(_json(recipe_schema(declarations(plugins))) + "\n", write)
+
+
+@cli.command()
+@plugin_option
+@click.option("--write", type=FILE, metavar="PATH", help="Write it to a file.")
+def docs(plugins: Sequence[Path], write: Path | None) -> None:
+    """Print what the plugins offer as a page of Markdown."""
+    from kdzoo.plugin.declarations import declarations
+    from kdzoo.plugin.markdown import page
+
+    _print_or_write(page(declarations(plugins)), write)
 
 
 @cli.command("list")
@@ -182,6 +186,16 @@ def _json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False)
 
 
+def _print_or_write(text: str, file: Path | None) -> None:
+    if file is None:
+        click.echo(text, nl=False)
+        return
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise KdzooError(f"{file}: cannot be written ({error.strerror})") from error
+
+
 # validate and show
 
 
@@ -190,7 +204,7 @@ def _summary(recipe: Recipe) -> str:
     places = {"teacher": 0, "sft": 1, "distill": 3}  # what makes an artefact stands between, as it runs
     in_order = sorted(recipe.stages.items(), key=lambda item: places.get(item[0], 2))
     stages = ", ".join(_length(name, stage) for name, stage in in_order)
-    models = f"{_model(recipe.student)} learns from {_model(recipe.teacher)}"
+    models = f"{_model(recipe.student)}{_lora(recipe.student)} learns from {_model(recipe.teacher)}"
     return f"'{recipe.title}': {models}; losses {losses}; stages {stages}; {recipe.precision}"
 
 
@@ -200,6 +214,10 @@ def _model(source: ModelSource) -> str:
     if source.layers is not None:
         return f"{len(source.layers)} layers of the teacher"
     return f"'{source.name or source.gguf_file or source.gguf_package}'"
+
+
+def _lora(source: ModelSource) -> str:
+    return f" with LoRA of rank {source.lora.rank}" if source.lora is not None else ""
 
 
 def _term(name: str, slot: LossSlot) -> str:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdzoo.cache import cache_dir, content_key
+from kdzoo.errors import PluginError
 from kdzoo.plugin.discovery import Kind, PluginSource, find_plugins, refuse_clashes
+
+if TYPE_CHECKING:
+    from kdzoo.plugin.contracts import Loss, Needs, Params
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,13 @@ class Declared:
     formula: str
     params: dict[str, Any]
     """The JSON Schema of its parameters; names in its `$defs` start with `<kind>.<name>.`."""
+    deviations: list[str] = field(default_factory=list)
+    """Of a loss: where it differs from its authors' code."""
+    needs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of a loss whose parameters all have defaults, what it reads with these: with "one" tokenizer and with "two",
+    where it takes two."""
+    couples: list[list[Any]] = field(default_factory=list)
+    """Of a loss: parameters [name, value] that alone let a sample's loss depend on its neighbours."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +85,74 @@ def _declare(kind: Kind, name: str, thing: Any, plugin: PluginSource) -> Declare
     from inspect import cleandoc
 
     from kdzoo.plugin.json_schema import json_schema
+    from kdzoo.plugin.registry import cause
 
+    doc = cleandoc(thing.__doc__ or "")
+    params = {} if kind == "anatomy" else json_schema(thing.Params, f"{kind}.{name}.")
+    if kind != "loss":
+        return Declared(kind, name, plugin.name, doc, "", "", params)
+    try:
+        needs, couples = _needs(thing), [[*pair] for pair in _couples(thing, params)]
+    except Exception as error:
+        raise PluginError(f"{plugin}: 'needs' of the loss '{name}' failed; {cause(error, plugin)}") from error
     return Declared(
-        kind,
-        name,
-        plugin.name,
-        doc=cleandoc(thing.__doc__ or ""),
-        paper=thing.paper if kind == "loss" else "",
-        formula=thing.formula if kind == "loss" else "",
-        params={} if kind == "anatomy" else json_schema(thing.Params, f"{kind}.{name}."),
+        kind, name, plugin.name, doc, thing.paper, thing.formula, params, [*thing.deviations], needs, couples
     )
+
+
+def _needs(loss: type[Loss]) -> dict[str, dict[str, Any]]:
+    if any(parameter.is_required() for parameter in loss.Params.model_fields.values()):
+        return {}
+    found = {"one": loss.needs(loss.Params(), True), "two": loss.needs(loss.Params(), False)}
+    return {count: _plain(needs) for count, needs in found.items() if count == "one" or needs.tokenizers == "any"}
+
+
+def _plain(needs: Needs) -> dict[str, Any]:
+    """What is read, in JSON's types."""
+    seen = {stream for visit in needs.visits for stream in visit.streams}
+    facts = {fact for visit in needs.visits for fact in visit.facts}.union(needs.facts)
+    return {
+        "logits": [model for model in ("student", "teacher") if model in seen],
+        "student": sorted(needs.student),
+        "teacher": sorted(needs.teacher),
+        "streams": {stream.name: stream.head for stream in needs.streams},
+        "facts": sorted(facts),
+        "aligned": needs.aligned,
+        "lexicons": needs.lexicons,
+        "survey": needs.survey,
+        "artefacts": sorted(needs.artefacts),
+    }
+
+
+def _couples(loss: type[Loss], schema: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, parameter in schema.get("properties", {}).items():
+        for value in _choices(parameter):
+            params = _valid(loss, {name: value})
+            if params is not None and any(loss.needs(params, same).batch_coupled for same in (True, False)):
+                yield name, value
+
+
+def _choices(parameter: dict[str, Any]) -> list[Any]:
+    """The values of a parameter that has few."""
+    match parameter:
+        case {"const": value}:
+            return [value]
+        case {"enum": values}:
+            return list(values)
+        case {"anyOf": branches}:
+            return [value for branch in branches for value in _choices(branch)]
+        case {"type": "boolean"}:
+            return [True, False]
+    return []
+
+
+def _valid(loss: type[Loss], values: dict[str, Any]) -> Params | None:
+    from pydantic import ValidationError
+
+    try:
+        return loss.Params.model_validate(values)
+    except ValidationError:  # it goes with other values only
+        return None
 
 
 def _fingerprint(plugin: PluginSource) -> str:

@@ -131,7 +131,7 @@ def _import(plugin: PluginSource) -> object:
     try:
         return plugin.load()
     except Exception as error:
-        raise PluginError(f"{plugin}: cannot be imported; {_cause(error, plugin)}") from error
+        raise PluginError(f"{plugin}: cannot be imported; {cause(error, plugin)}") from error
 
 
 def _call_guarded(hook: pluggy.HookCaller, plugin: PluginSource, register: Callable[[type], None]) -> None:
@@ -140,7 +140,7 @@ def _call_guarded(hook: pluggy.HookCaller, plugin: PluginSource, register: Calla
     except PluginError:
         raise
     except Exception as error:
-        raise PluginError(f"{plugin}: '{hook.name}' failed; {_cause(error, plugin)}") from error
+        raise PluginError(f"{plugin}: '{hook.name}' failed; {cause(error, plugin)}") from error
 
 
 def _check_implementations(plugin: PluginSource, callers: Sequence[pluggy.HookCaller]) -> None:
@@ -173,9 +173,11 @@ def _fault(kind: Kind, thing: Any) -> str | None:
     for text in texts:
         if not _is_text(getattr(thing, text, None)):
             return f"{who} has no '{text}'; give it a line of text"
+    if kind == "loss" and not _are_texts(thing.deviations):
+        return f"{who} has 'deviations' that are no sentences; give it a tuple of strings"
     if kind == "anatomy":
         families = getattr(thing, "families", ())
-        if not (isinstance(families, tuple) and families and all(map(_is_text, families))):
+        if not (families and _are_texts(families)):
             return f"{who} has no 'families'; give it a tuple of strings"
     elif not re.fullmatch(r"[a-z][a-z0-9_]*", thing.name):
         return f"{who} is named '{thing.name}'; use lower-case letters, digits and '_'"
@@ -190,11 +192,15 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
+def _are_texts(value: object) -> bool:
+    return isinstance(value, tuple) and all(map(_is_text, value))
+
+
 def _inherits(thing: Any, base: type) -> bool:
     return inspect.isclass(thing) and issubclass(thing, base)
 
 
-def _cause(error: Exception, plugin: PluginSource) -> str:
+def cause(error: Exception, plugin: PluginSource) -> str:
     """An exception as one line, with the line of the plugin's own file that it passed last."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == plugin.file]
     place = f" ({plugin.file.name}:{lines[-1]})" if plugin.file and lines else ""

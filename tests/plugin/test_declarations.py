@@ -39,6 +39,92 @@ def test_a_loss_declares_its_texts_and_parameters(site):
     assert shift.params["additionalProperties"] is False
 
 
+READER = """
+from typing import ClassVar, Literal
+
+import kdzoo
+
+
+class Reader(kdzoo.Loss):
+    name, paper, formula = "reader", "A paper", "r"
+    deviations: ClassVar = DEVIATIONS
+
+    class Params(kdzoo.Params):
+        mean: Literal["rows", "batch"] = "rows"
+        width: Literal["whole"] | int = 1
+        whole: bool = False
+
+    @classmethod
+    def needs(cls, params, same_tokens):
+        NEEDS
+        return kdzoo.Needs(
+            teacher=frozenset({"hidden.last", "embed.input"}),
+            visits=(kdzoo.Visit("a", ("student", "own"), facts=("teacher.top1",)),),
+            streams=(kdzoo.OwnStream("own", "student", head="teacher"),),
+            tokenizers="same" if params.whole else "any",
+            aligned=not same_tokens,
+            batch_coupled=params.mean == "batch" or (params.width == "whole" and not same_tokens),
+        )
+
+
+@kdzoo.hookimpl
+def register_losses(register):
+    register(Reader)
+"""
+
+
+def write_reader(folder: Path, deviations: str = '("`f` differs.",)', needs: str = "") -> Path:
+    (folder / "reader.py").write_text(READER.replace("DEVIATIONS", deviations).replace("NEEDS", needs))
+    return folder / "reader.py"
+
+
+def test_a_loss_declares_what_it_reads_and_where_it_differs(site, tmp_path):
+    file = write_reader(tmp_path)
+
+    reader = declarations([file]).losses["reader"]
+
+    assert reader.deviations == ["`f` differs."]
+    assert reader.needs["one"] == {
+        "logits": ["student"],
+        "student": [],
+        "teacher": ["embed.input", "hidden.last"],
+        "streams": {"own": "teacher"},
+        "facts": ["teacher.top1"],
+        "aligned": False,
+        "lexicons": False,
+        "survey": False,
+        "artefacts": [],
+    }
+    assert reader.needs["two"] == reader.needs["one"] | {"aligned": True}
+    assert reader.couples == [["mean", "batch"], ["width", "whole"]]
+    assert declarations([file]).losses["reader"] == reader, "from the cache"
+
+
+def test_a_loss_of_one_tokenizer_declares_no_needs_for_two(site, tmp_path):
+    file = write_reader(tmp_path, needs="params = params.model_copy(update={'whole': True})")
+    assert declarations([file]).losses["reader"].needs.keys() == {"one"}
+
+
+def test_what_a_loss_needs_is_unknown_where_a_parameter_has_no_default(site, tmp_path):
+    file = write_reader(tmp_path)
+    file.write_text(file.read_text().replace("whole: bool = False", "whole: bool"))
+    assert declarations([file]).losses["reader"].needs == {}
+
+
+def test_needs_that_fail_are_an_error_of_one_line(site, tmp_path):
+    file = write_reader(tmp_path, needs="params.wide")
+    with pytest.raises(
+        PluginError, match=r"'needs' of the loss 'reader' failed; AttributeError: .* \(reader.py:\d+\)$"
+    ):
+        declarations([file])
+
+
+@pytest.mark.parametrize("deviations", ['"a sentence"', '("",)', "[1]"])
+def test_deviations_are_a_tuple_of_sentences(site, tmp_path, deviations):
+    with pytest.raises(PluginError, match="'deviations' that are no sentences; give it a tuple of strings"):
+        declarations([write_reader(tmp_path, deviations)])
+
+
 def test_the_other_kinds_are_declared(site):
     site.install("zoo-good", good="good")
 
