@@ -65,6 +65,17 @@ class Unread(Broken):
         )
 
 
+class UnreadStage(Broken):
+    """Has a stage trained whose module it does not take."""
+
+    name = "unread_stage"
+
+    @classmethod
+    def needs(cls, params: Any, same_tokens: bool) -> Needs:
+        visits = (Visit("tokens", ("student", "teacher")),)
+        return Needs(visits=visits, tokenizers="same", artefacts={"projectors": {}})
+
+
 class Undeclared(OfStates):
     """Reads a site that it does not declare."""
 
@@ -268,6 +279,7 @@ class OnTheFirstRank(OfStates):
 BROKEN = (
     NotFinite,
     Unread,
+    UnreadStage,
     Undeclared,
     NotAligned,
     SkipsEmpty,

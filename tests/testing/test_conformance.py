@@ -23,6 +23,7 @@ from broken import (
     SkipsEmpty,
     Undeclared,
     Unread,
+    UnreadStage,
     Unused,
     WrongGradient,
 )
@@ -38,6 +39,7 @@ from kdzoo_divergences import ForwardKL
 FOUND = {
     NotFinite: {"finite", "split"},
     Unread: {"needs"},
+    UnreadStage: {"needs"},
     NotAligned: {"needs"},
     SkipsEmpty: {"gradients"},
     Unused: {"gradients"},

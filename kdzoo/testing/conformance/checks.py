@@ -14,7 +14,7 @@ from kdzoo.plugin.contracts import Loss, Needs
 from kdzoo.step.batch import Batch, Side
 from kdzoo.step.distiller import set_up, survey
 from kdzoo.step.vocabulary import Slot
-from kdzoo.testing.conformance.watch import Constants, Reads, intercepted, with_heard_lexicons
+from kdzoo.testing.conformance.watch import Constants, Heard, Reads, intercepted, with_heard_lexicons
 from kdzoo.testing.conformance.world import FIVE_ROWS, LENGTHS, SLOT, Outcome, World, clone, rearranged
 
 
@@ -45,6 +45,7 @@ def needs(world: World) -> str:
     """What is declared is read, and only that."""
     reads = Reads()
     world.models = with_heard_lexicons(world.models, reads.lexicon)
+    world.artefacts = Heard(world.artefacts, reads.artefacts.add)
     slot = intercepted(world.slot(), reads.around)
     recording = world.recorded(slot, world.batch())
     set_up([slot], world.heads)
@@ -75,6 +76,8 @@ def _unread(loss: type[Loss], slot: Slot, reads: Reads) -> Iterator[str]:
             yield f"the stream '{own.name}' is in no visit; give it one, or take it out"
     for fact in sorted(set(declared.facts) - reads.facts):
         yield f"the fact '{fact}' is declared and not read; take it out"
+    for stage in sorted(declared.artefacts.keys() - reads.artefacts):
+        yield f"the stage '{stage}' is declared and its tensors are not read; take it out of 'artefacts'"
     if declared.lexicons and not reads.lexicon:
         yield "'lexicons' is declared and none is read; take it out"
     if declared.survey != (loss.survey is not Loss.survey):
@@ -178,7 +181,8 @@ def divergence(world: World) -> str:
         if gradient is not None and gradient.abs().max() > 1e-7:
             return f"where both models say the same, the gradient of '{name}' is not 0, as 'divergence' promises"
     for seed in range(5):
-        for name, value in World(world.subject, True, seed).run([slot], twins.batch(seed=seed)).terms.items():
+        other = World(world.subject, same_tokens=True, seed=seed)
+        for name, value in other.run([other.slot()], other.batch(seed=seed)).terms.items():
             if value < 0:
                 return f"the term '{name}' is {value:.3g}; 'divergence' promises that it is never negative"
     return ""

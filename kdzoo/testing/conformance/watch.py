@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from kdzoo.plugin.contracts import Lexicon, Models
 from kdzoo.step.chunk import Chunk
+from kdzoo.step.head import HEAD_WEIGHT
 from kdzoo.step.view import View
 from kdzoo.step.vocabulary import Slot
 
@@ -45,29 +46,25 @@ class Reads:
     visit_facts: set[tuple[str, str]] = field(default_factory=set)
     """(visit, fact)"""
     lexicon: set[str] = field(default_factory=set)
-    called: set[str] = field(default_factory=set)
+    artefacts: set[str] = field(default_factory=set)
 
     def around(self, name: str, original: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        self.called.add(name)
         views = [argument for argument in arguments if isinstance(argument, View)]
         if name == "over_vocab":
             visit, chunk = arguments
             return original(visit, _HeardChunk(chunk, visit, self))
         if name == "setup":
-            heads = {model: f"{model} head.weight" for model in arguments[0]}
-            found = original(_Heard(arguments[0], lambda model: self.sites[model].add("head.weight")))
-            assert heads.keys() <= self.sites.keys()
-            return found
+            return original(Heard(arguments[0], lambda model: self.sites[model].add(HEAD_WEIGHT)))
         if name in ("streams", "combine", "carry_facts"):
             batch, student, teacher, facts, *rest = arguments
-            arguments = (batch, student, teacher, _Heard(facts, self.facts.add), *rest)
+            arguments = (batch, student, teacher, Heard(facts, self.facts.add), *rest)
         found = original(*arguments)
         for view, model in zip(views, ("teacher",) if name == "survey" else ("student", "teacher"), strict=False):
             self.sites[model] |= view.read
         return found
 
 
-class _Heard(dict[str, Any]):
+class Heard(dict[str, Any]):
     """A mapping that tells which keys are read."""
 
     def __init__(self, content: Mapping[str, Any], tell: Callable[[str], None]) -> None:
@@ -100,7 +97,7 @@ class _HeardChunk(Chunk):
     def __init__(self, chunk: Chunk, visit: str, reads: Reads) -> None:
         self.__dict__ |= chunk.__dict__
         self._visit, self._reads = visit, reads
-        self.facts = _Heard(chunk.facts, lambda fact: reads.visit_facts.add((visit, fact)))
+        self.facts = Heard(chunk.facts, lambda fact: reads.visit_facts.add((visit, fact)))
 
     def logits(self, stream: str) -> Tensor:
         self._reads.logits.add((self._visit, stream))
