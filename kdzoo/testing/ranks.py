@@ -15,6 +15,7 @@ import torch.multiprocessing
 from kdzoo.errors import KdzooError
 
 LONGEST = 1800.0
+ADVICE = "call every module equally often on each rank, whatever rows it has"
 
 
 def on_ranks(
@@ -35,7 +36,7 @@ def on_ranks(
         if monotonic() > end:
             for process in running.processes:
                 process.kill()
-            raise KdzooError(f"the ranks wait for each other since {seconds:.0f} s; run every module on every rank")
+            raise KdzooError(f"the ranks wait for each other since {seconds:.0f} s; {ADVICE}")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 

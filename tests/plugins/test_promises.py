@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdzoo.testing import check_loss
-from kdzoo.testing.conformance.ranks import two_ranks
-from kdzoo.testing.conformance.world import Outcome, Subject, World, rearranged, registry
+from kdzoo.testing.promises.ranks import two_ranks
+from kdzoo.testing.promises.world import Outcome, Subject, World, rearranged, registry
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "abkd": [

@@ -276,6 +276,17 @@ class OnTheFirstRank(OfStates):
         return super().of_states(student) * (0.0 if elsewhere else 1.0)
 
 
+class OncePerSequence(WithLinear):
+    """Calls its module once per sequence, of which ranks have different numbers."""
+
+    name = "once_per_sequence"
+
+    def of_states(self, student: View) -> Tensor:
+        states = student["hidden.last"]
+        parts = [self.project(states[student.sample == b]) for b in range(student.side.sequences)]
+        return torch.cat(parts).square().mean(-1).sum()
+
+
 BROKEN = (
     NotFinite,
     Unread,
@@ -295,6 +306,7 @@ BROKEN = (
     ColumnByColumn,
     Forgets,
     OnTheFirstRank,
+    OncePerSequence,
 )
 
 

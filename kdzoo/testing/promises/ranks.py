@@ -18,7 +18,7 @@ from kdzoo.errors import KdzooError
 from kdzoo.plugin.contracts import Loss
 from kdzoo.quiet import quiet
 from kdzoo.step.batch import Batch
-from kdzoo.testing.conformance.world import SLOT, Outcome, Subject, World, rearranged
+from kdzoo.testing.promises.world import SLOT, Outcome, Subject, World, rearranged
 from kdzoo.testing.ranks import on_ranks
 
 RANKS = 2
@@ -111,7 +111,7 @@ def _step(folder: Path, world: World) -> Outcome:
     from kdzoo.engine.student import StudentEngine, build_distiller, whole_gradient
     from kdzoo.recipe.model import LossSlot, Stage
     from kdzoo.step.distiller import set_up
-    from kdzoo.testing.conformance.world import registry
+    from kdzoo.testing.promises.world import registry
 
     device = torch.device("cpu")
     count = len(PARTS) // world_size()

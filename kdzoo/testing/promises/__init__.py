@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.multiprocessing import ProcessExitedException
 
 from kdzoo.errors import KdzooError
 from kdzoo.plugin.contracts import Loss
-from kdzoo.testing.conformance.checks import CHECKS, Check
-from kdzoo.testing.conformance.ranks import two_ranks
-from kdzoo.testing.conformance.world import Subject, World
+from kdzoo.testing.promises.checks import CHECKS, Check
+from kdzoo.testing.promises.ranks import two_ranks
+from kdzoo.testing.promises.world import Subject, World
+from kdzoo.testing.ranks import ADVICE
 from kdzoo.testing.replay import valid_params
 
 RANKS = "ranks", "two ranks of ZeRO-3 are one process"
@@ -106,6 +108,8 @@ def _rank_fault(subject: Subject) -> str:
         return next(filter(None, two_ranks(tried)), "")
     except KdzooError as error:
         return str(error)
+    except ProcessExitedException:
+        return f"a rank died in a collective call; {ADVICE}"
     except Exception as error:  # of another process: its last line says what it was
         return " ".join(str(error).strip().splitlines()[-1:])
 

@@ -14,8 +14,8 @@ from kdzoo.plugin.contracts import Loss, Needs
 from kdzoo.step.batch import Batch, Side
 from kdzoo.step.distiller import set_up, survey
 from kdzoo.step.vocabulary import Slot
-from kdzoo.testing.conformance.watch import Constants, Heard, Reads, intercepted, with_heard_lexicons
-from kdzoo.testing.conformance.world import FIVE_ROWS, LENGTHS, SLOT, Outcome, World, clone, rearranged
+from kdzoo.testing.promises.watch import Constants, Heard, Reads, intercepted, with_heard_lexicons
+from kdzoo.testing.promises.world import FIVE_ROWS, LENGTHS, SLOT, Outcome, World, clone, rearranged
 
 
 @dataclass(frozen=True)
