@@ -57,13 +57,15 @@ class ABKD(Loss):
         KLs are the same in either."""
 
         def powers(self) -> tuple[float, float, float]:
-            """α, β and α + β; what is almost 0 beside the largest of them is 0."""
+            """α, β and α + β; what is almost 0 beside the largest of them is 0, and the third is the sum of the two."""
             largest = max(abs(self.alpha), abs(self.beta), abs(self.alpha + self.beta))
-            alpha, beta, total = (
-                x if largest >= ALMOST_0 and abs(x) >= ALMOST_0 * largest else 0.0
-                for x in (self.alpha, self.beta, self.alpha + self.beta)
-            )
-            return alpha, beta, total
+            if largest < ALMOST_0:
+                return 0.0, 0.0, 0.0
+            alpha, beta = (x if abs(x) >= ALMOST_0 * largest else 0.0 for x in (self.alpha, self.beta))
+            if abs(alpha + beta) < ALMOST_0 * largest:
+                half = (alpha - beta) / 2
+                return half, -half, 0.0
+            return alpha, beta, alpha + beta
 
     @classmethod
     def needs(cls, params: ABKD.Params, same_tokens: bool) -> Needs:

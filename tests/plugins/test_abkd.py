@@ -140,6 +140,16 @@ def test_it_is_finite_and_never_negative_in_float32(teacher, student, alpha, bet
 @settings(max_examples=100, deadline=None)
 def test_it_is_dual(teacher, student, alpha, beta):
     """D with (α, β) from p to q is D with (β, α) from q to p."""
+    assert_dual(teacher, student, alpha, beta)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(-1.0, 1e-8), (1.0, -1.0 + 1e-8), (2.0, 1e-7), (-1.0, 3e-7)])
+def test_it_is_dual_beside_a_limit(alpha, beta):
+    """A power that counts as 0 does so in every place."""
+    assert_dual(torch.tensor([[0.0, 0.0, 0.0, 0.0, -8.0]]), torch.zeros(1, 5), alpha, beta)
+
+
+def assert_dual(teacher: Tensor, student: Tensor, alpha: float, beta: float) -> None:
     one = of_logits(teacher.double(), student.double(), alpha=alpha, beta=beta).loss
     other = of_logits(student.double(), teacher.double(), alpha=beta, beta=alpha).loss
     torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-12)
