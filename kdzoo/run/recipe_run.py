@@ -69,7 +69,9 @@ def run_recipe(loaded: LoadedRecipe, out: Path | None) -> None:
         run.read_everything()
         if folder is not None:
             folder.write_recipe(loaded.resolved)
-            folder.write_environment({"ranks": world(), "device_of_rank_0": str(device)})
+            folder.write_environment(
+                {"ranks": world(), "device_of_rank_0": str(device), "data": run.data_fingerprints()}
+            )
         run.all_stages()
     except BaseException:
         if folder is not None:
@@ -113,6 +115,13 @@ class Run:
                 artefact_stage(session, name)
         self.say_alignment(self.rows.examples)
         self.say_fusions()
+
+    def data_fingerprints(self) -> dict[str, str]:
+        """A hash of the rows of every source, by its place in the recipe."""
+        found = {"data.train": self.rows.fingerprint}
+        if self.held_out is not None:
+            found["data.held_out"] = self.held_out.fingerprint
+        return found | {f"evaluation.sets.{name}": rows_fingerprint(rows) for name, rows in self.sets.items()}
 
     def all_stages(self) -> None:
         session, stages = self.session, self.recipe.stages

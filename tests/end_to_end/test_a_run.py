@@ -141,6 +141,7 @@ def test_the_environment_says_what_the_numbers_may_depend_on(first: Finished) ->
     assert found["ranks"] == 1
     assert found["packages"]["torch"] == torch.__version__
     assert found["command"][1] == "run"
+    assert {"data.train", "data.held_out", "evaluation.sets.seen"} <= found["data"].keys()
 
 
 def test_every_step_is_logged_with_every_term(first: Finished) -> None:
