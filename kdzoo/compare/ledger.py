@@ -1,0 +1,190 @@
+"""The ledger of a comparison: for every trained student what it was made from and every answer it gave, in plain files.
+
+    suite.json                      what is compared: titles, recipes in their order, seeds, the baseline
+    <pair>/<recipe>-<seed>.json.gz  one trained student
+    <pair>/beside.json.gz           the models that stand beside all of them: the teacher, the untrained student, ...
+
+A report is made from these files alone, so that its numbers can be made again by anybody who has them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from kdzoo.errors import KdzooError
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model answered to the prompts of a set, in their order, under one decoding and decoding seed."""
+
+    seed: int | None
+    """The decoding seed; none where nothing is drawn."""
+    texts: list[str]
+    rouge_l: list[float]
+    """Rouge-L of each answer, 0 to 100."""
+
+
+@dataclass(frozen=True)
+class Gold:
+    """How a model reads the gold responses of a set."""
+
+    cross_entropy: float
+    """Nats per token of the model's own tokenizer."""
+    token_accuracy: float
+    """The share of response tokens that are its first choice, 0 to 1."""
+    right: float | None = None
+    """A student's cross-entropy where the teacher's first choice is gold ..."""
+    wrong: float | None = None
+    """... and elsewhere."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of one model on every evaluation set."""
+
+    answers: dict[str, dict[str, list[Answers]]]
+    """Set -> decoding -> one entry per decoding seed."""
+    gold: dict[str, Gold]
+    """Set -> how it reads the gold responses; "held out" are the rows of `data.held_out`."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the stage `distill` took on one machine."""
+
+    seconds: float
+    rows_per_second: float
+    """Response tokens per second."""
+    memory_gb: float
+    """The most that rank 0 held (on a GPU: allocated) after any step, in GiB."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One recipe on one pair with one training seed."""
+
+    pair: str
+    recipe: str
+    seed: int
+    key: str
+    """A hash of the resolved recipe."""
+    resolved: dict[str, Any]
+    """The resolved recipe."""
+    environment: dict[str, Any]
+    """Versions, commit and device; under `data` a hash of the rows of every source."""
+    student: Model
+    curve: dict[str, list[float | None]]
+    """Of some optimizer steps ("step"), the metrics of that step by name: "loss", "<slot>/<term>", ..., and
+    "<slot>/gradient_at_state", the norm of a slot's weighted gradient at the student's last state."""
+    cost: Cost
+
+    @property
+    def file_name(self) -> str:
+        return cell_file(self.recipe, self.seed)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison compares: its `suite.json`."""
+
+    title: str
+    description: str
+    pairs: dict[str, str]
+    """Pair -> which models, in words; in the order of the report."""
+    recipes: dict[str, str]
+    """Recipe -> its title, in the order of the report."""
+    seeds: list[int]
+    baseline: str
+    """The recipe that every other one is compared with ..."""
+    against: dict[str, str] = field(default_factory=dict)
+    """... but for these: recipe -> what it is compared with."""
+    left_out: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Pair -> recipe -> why it does not fit the pair."""
+
+
+@dataclass(frozen=True)
+class PairLedger:
+    """All that a comparison knows on one pair. Cells that have not run yet are not there."""
+
+    cells: dict[str, dict[int, Cell]]
+    """Recipe -> training seed -> the student."""
+    beside: dict[str, Model]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """A whole ledger, read."""
+
+    suite: Compared
+    pairs: dict[str, PairLedger]
+
+
+SUITE, BESIDE = "suite.json", "beside.json.gz"
+
+
+def cell_file(recipe: str, seed: int) -> str:
+    return f"{recipe}-{seed}.json.gz"
+
+
+def read_ledger(folder: Path) -> Ledger:
+    """Raises KdzooError where a file is missing or is not what it should be."""
+    suite = _read(folder / SUITE, Compared)
+    return Ledger(suite, {pair: _read_pair(folder / pair, suite) for pair in suite.pairs})
+
+
+def _read_pair(folder: Path, suite: Compared) -> PairLedger:
+    cells: dict[str, dict[int, Cell]] = {}
+    for recipe in suite.recipes:
+        found = {seed: folder / cell_file(recipe, seed) for seed in suite.seeds}
+        kept = {seed: _read(file, Cell) for seed, file in found.items() if file.is_file()}
+        if kept:
+            cells[recipe] = kept
+    beside = folder / BESIDE
+    return PairLedger(cells, _read(beside, dict[str, Model]) if beside.is_file() else {})
+
+
+def write_suite(folder: Path, suite: Compared) -> None:
+    _write(folder / SUITE, suite, Compared)
+
+
+def write_cell(folder: Path, cell: Cell) -> None:
+    _write(folder / cell.pair / cell.file_name, cell, Cell)
+
+
+def read_cell(file: Path) -> Cell:
+    return _read(file, Cell)
+
+
+def write_beside(folder: Path, pair: str, models: Mapping[str, Model]) -> None:
+    _write(folder / pair / BESIDE, dict(models), dict[str, Model])
+
+
+def _read(file: Path, kind: Any) -> Any:
+    try:
+        content = file.read_bytes()
+        return TypeAdapter(kind).validate_json(gzip.decompress(content) if file.suffix == ".gz" else content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise KdzooError(f"{file}: cannot be read ({error}); is '{file.parent}' a ledger?") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise KdzooError(f"{file}: {at}: {first['msg'].lower()}; write the ledger anew") from error
+
+
+def _write(file: Path, content: Any, kind: Any) -> None:
+    """Whole or not at all: an interrupted comparison leaves no half file. The same content gives the same bytes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    plain = TypeAdapter(kind).dump_python(content, mode="json")
+    text = json.dumps(plain, ensure_ascii=False, allow_nan=False, indent=None if file.suffix == ".gz" else 2) + "\n"
+    work = file.with_name(f".{file.name}.part")
+    work.write_bytes(gzip.compress(text.encode(), mtime=0) if file.suffix == ".gz" else text.encode())
+    work.replace(file)
