@@ -95,14 +95,52 @@ def show(recipe: Path, on: Sequence[Path], sets: Sequence[str], plugins: Sequenc
 
 
 @cli.command()
+@click.option(
+    "--on", type=FILE, multiple=True, metavar="PAIR", help="Compare on this pair, not on the suite's; repeatable."
+)
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set one key of every recipe; repeatable.")
+@click.option("--seed", "seeds", type=int, multiple=True, help="A training seed, not the suite's; repeatable.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, metavar="N", help="Runs at a time.")
+@click.option("--ranks", type=click.IntRange(min=1), metavar="N", help="Processes of each run.")
+@click.option("--out", type=FILE, default=Path("runs/compare"), metavar="DIR", help="Where run folders and results go.")
+@click.option("--ledger", type=FILE, metavar="DIR", help="Where results go, if not to --out.")
+@click.option("--dry-run", is_flag=True, help="Say which runs there are and which are missing, and run none.")
+@plugin_option
+@click.argument("suite", type=FILE)
+def compare(
+    suite: Path,
+    on: Sequence[Path],
+    sets: Sequence[str],
+    seeds: Sequence[int],
+    jobs: int,
+    ranks: int | None,
+    out: Path,
+    ledger: Path | None,
+    dry_run: bool,
+    plugins: Sequence[Path],
+) -> int:
+    """Run what is missing of SUITE, recipes times training seeds, and report."""
+    from kdzoo.compare.suite import load_suite
+
+    loaded = load_suite(suite, on, sets, plugins, seeds)
+    from kdzoo.compare.runner import Comparison
+
+    comparison = Comparison(loaded, out / "cells", (ledger or out) / f"{loaded.name}.json", jobs, ranks)
+    return comparison.list_missing() if dry_run else comparison.run()
+
+
+@cli.command()
+@click.option("--suite", "of_suites", is_flag=True, help="Of suites, not of recipes.")
 @plugin_option
 @click.option("--write", type=FILE, metavar="PATH", help="Write it to a file.")
-def schema(plugins: Sequence[Path], write: Path | None) -> None:
+def schema(of_suites: bool, plugins: Sequence[Path], write: Path | None) -> None:
     """Print the JSON Schema of recipe files, made from the plugins."""
+    from kdzoo.compare.suite import suite_schema
     from kdzoo.plugin.declarations import declarations
     from kdzoo.recipe.schema import recipe_schema
 
-    _print_or_write(_json(recipe_schema(declarations(plugins))) + "\n", write)
+    found = suite_schema() if of_suites else recipe_schema(declarations(plugins))
+    _print_or_write(_json(found) + "\n", write)
 
 
 @cli.command()

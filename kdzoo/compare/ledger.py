@@ -1,7 +1,7 @@
 """The ledger of a comparison: for every trained student what it was made from and every answer it gave, in plain files.
 
-    suite.json                      what is compared: titles, recipes in their order, seeds, the baseline
-    <pair>/<recipe>-<seed>.json.gz  one trained student
+    <suite>.json                    what is compared: titles, recipes in their order, seeds, the baseline
+    <pair>/<recipe>-<seed>.json.gz  one trained student, for every suite of the folder
     <pair>/beside.json.gz           the models that stand beside all of them: the teacher, the untrained student, ...
 
 A report is made from these files alone, so that its numbers can be made again by anybody who has them.
@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -87,14 +88,10 @@ class Cell:
     "<slot>/gradient_at_state", the norm of a slot's weighted gradient at the student's last state."""
     cost: Cost
 
-    @property
-    def file_name(self) -> str:
-        return cell_file(self.recipe, self.seed)
-
 
 @dataclass(frozen=True)
 class Compared:
-    """What a comparison compares: its `suite.json`."""
+    """What a comparison compares: the suite's file of the ledger."""
 
     title: str
     description: str
@@ -128,44 +125,52 @@ class Ledger:
     pairs: dict[str, PairLedger]
 
 
-SUITE, BESIDE = "suite.json", "beside.json.gz"
+def cell_file(suite: Path, pair: str, recipe: str, seed: int) -> Path:
+    """Where a student is kept; `suite` is the suite's file."""
+    return suite.parent / pair / f"{recipe}-{seed}.json.gz"
 
 
-def cell_file(recipe: str, seed: int) -> str:
-    return f"{recipe}-{seed}.json.gz"
+def beside_file(suite: Path, pair: str) -> Path:
+    return suite.parent / pair / "beside.json.gz"
 
 
-def read_ledger(folder: Path) -> Ledger:
-    """Raises KdzooError where a file is missing or is not what it should be."""
-    suite = _read(folder / SUITE, Compared)
-    return Ledger(suite, {pair: _read_pair(folder / pair, suite) for pair in suite.pairs})
+def read_ledger(suite: Path) -> Ledger:
+    """The suite in the file `suite` with all its cells. Raises KdzooError where a file is not what it should be."""
+    compared = _read(suite, Compared)
+    return Ledger(compared, {pair: _read_pair(suite, pair, compared) for pair in compared.pairs})
 
 
-def _read_pair(folder: Path, suite: Compared) -> PairLedger:
+def _read_pair(suite: Path, pair: str, compared: Compared) -> PairLedger:
     cells: dict[str, dict[int, Cell]] = {}
-    for recipe in suite.recipes:
-        found = {seed: folder / cell_file(recipe, seed) for seed in suite.seeds}
-        kept = {seed: _read(file, Cell) for seed, file in found.items() if file.is_file()}
+    for recipe in compared.recipes:
+        found = {seed: cell_file(suite, pair, recipe, seed) for seed in compared.seeds}
+        kept = {seed: read_cell(file) for seed, file in found.items() if file.is_file()}
         if kept:
             cells[recipe] = kept
-    beside = folder / BESIDE
+    beside = beside_file(suite, pair)
     return PairLedger(cells, _read(beside, dict[str, Model]) if beside.is_file() else {})
 
 
-def write_suite(folder: Path, suite: Compared) -> None:
-    _write(folder / SUITE, suite, Compared)
+def write_suite(suite: Path, compared: Compared) -> None:
+    _write(suite, compared, Compared)
 
 
-def write_cell(folder: Path, cell: Cell) -> None:
-    _write(folder / cell.pair / cell.file_name, cell, Cell)
+def write_cell(suite: Path, cell: Cell) -> None:
+    _write(cell_file(suite, cell.pair, cell.recipe, cell.seed), cell, Cell)
 
 
 def read_cell(file: Path) -> Cell:
     return _read(file, Cell)
 
 
-def write_beside(folder: Path, pair: str, models: Mapping[str, Model]) -> None:
-    _write(folder / pair / BESIDE, dict(models), dict[str, Model])
+def write_beside(suite: Path, pair: str, models: Mapping[str, Model]) -> None:
+    _write(beside_file(suite, pair), dict(models), dict[str, Model])
+
+
+def mean_rouge(model: Model) -> float | None:
+    """Rouge-L under the first decoding, its mean over sets; none where nothing was generated."""
+    first = [next(iter(by_decoding.values())) for by_decoding in model.answers.values() if by_decoding]
+    return fmean(fmean(fmean(one.rouge_l) for one in answers) for answers in first) if first else None
 
 
 def _read(file: Path, kind: Any) -> Any:

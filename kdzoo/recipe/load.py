@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +14,7 @@ from kdzoo.errors import RecipeError
 from kdzoo.plugin.declarations import declarations
 from kdzoo.recipe.merge import Layer, Merged, in_text, leaves, merge
 from kdzoo.recipe.model import Recipe
-from kdzoo.recipe.schema import recipe_schema
+from kdzoo.recipe.schema import Schema, recipe_schema
 from kdzoo.recipe.validate import fault, faults
 
 
@@ -33,9 +33,15 @@ class LoadedRecipe:
 
 
 def load_recipe(
-    path: Path, on: Sequence[Path] = (), sets: Sequence[str] = (), loose: Sequence[Path] = ()
+    path: Path,
+    on: Sequence[Path] = (),
+    sets: Sequence[str] = (),
+    loose: Sequence[Path] = (),
+    over: Sequence[Layer] = (),
+    schema_of: Callable[[tuple[Path, ...]], Schema] | None = None,
 ) -> LoadedRecipe:
-    """The recipe at `path`, with the recipes `on` and then the `key.path=value` of `sets` merged over it.
+    """The recipe at `path`, with the recipes `on`, the patches `over` and then the `key.path=value` of `sets` merged
+    over it. Whoever loads many brings a `whole_schema` that remembers as `schema_of`.
 
     Raises `RecipeError` with one line per fault; `PluginError` where a plugin cannot be loaded.
     """
@@ -43,10 +49,11 @@ def load_recipe(
     layers = [*_layers(path)]
     for pair in on:
         layers += _layers(_existing(pair))
+    layers += over
     layers += [flag(text) for text in sets]
     merged = merge(layers)
     plugin_files = (*loose, *_recipe_plugins(merged))
-    schema = recipe_schema(declarations(plugin_files), whole=True)
+    schema = (schema_of or whole_schema)(plugin_files)
     if lines := faults(merged, schema):
         raise RecipeError("\n".join(lines))
     return LoadedRecipe(
@@ -56,6 +63,11 @@ def load_recipe(
         path=path,
         plugin_files=plugin_files,
     )
+
+
+def whole_schema(plugin_files: tuple[Path, ...]) -> Schema:
+    """What a merged recipe has to be, with these loose plugins."""
+    return recipe_schema(declarations(plugin_files), whole=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -73,7 +85,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"{path}: not an object; a recipe starts with '{{'")
+        raise RecipeError(f"{path}: not an object; it starts with '{{'")
     return content
 
 

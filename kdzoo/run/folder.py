@@ -112,9 +112,13 @@ class RunFolder:
     def write_scores(self, scores: Scores) -> Path:
         return self._write_json("scores.json", scores)
 
+    def predictions_of(self, set: str, model: str, decoding: str) -> Path:
+        """The file of a model's answers."""
+        return self.predictions / ".".join(quote(name, safe=" ") for name in (set, model, decoding, "jsonl"))
+
     def write_predictions(self, set: str, model: str, decoding: str, answers: Iterable[Answer]) -> Path:
         """One JSON object per answer. Names are escaped as in a URL where a file name could not hold them."""
-        path = self.predictions / ".".join(quote(name, safe=" ") for name in (set, model, decoding, "jsonl"))
+        path = self.predictions_of(set, model, decoding)
         with _writing(self.path):
             self.predictions.mkdir(exist_ok=True)
             with path.open("w", encoding="utf-8") as file:

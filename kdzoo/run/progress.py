@@ -131,11 +131,11 @@ class _Lines(StageProgress):
         """What is left, from the second step told on; at the end, what it took."""
         assert self.first is not None
         if step >= self.total:
-            return [f"took {_duration(now - self.started)}"]
+            return [f"took {duration(now - self.started)}"]
         first_step, first_time = self.first
         if step == first_step:
             return []
-        return [f"{_duration((now - first_time) / (step - first_step) * (self.total - step))} left"]
+        return [f"{duration((now - first_time) / (step - first_step) * (self.total - step))} left"]
 
 
 def _bar_columns(console: Console) -> Progress:
@@ -160,7 +160,7 @@ def _facts(loss: float | None, rows_per_second: float | None) -> list[str]:
     ]
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """`0:32`, `12:05`, `3:04:05`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

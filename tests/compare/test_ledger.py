@@ -13,6 +13,7 @@ from kdzoo.compare.ledger import (
     Cost,
     Gold,
     Model,
+    mean_rouge,
     read_ledger,
     write_beside,
     write_cell,
@@ -39,19 +40,24 @@ SUITE = Compared("t", "d", {"lab": "A to B"}, {"sft": "alone", "dskd": "DSKD"}, 
 
 
 def test_what_is_written_is_read(tmp_path):
-    write_suite(tmp_path, SUITE)
-    write_cell(tmp_path, CELL)
-    write_cell(tmp_path, replace(CELL, seed=2))
-    write_beside(tmp_path, "lab", {"teacher": MODEL})
-    found = read_ledger(tmp_path)
+    write_suite(tmp_path / "zoo.json", SUITE)
+    write_cell(tmp_path / "zoo.json", CELL)
+    write_cell(tmp_path / "zoo.json", replace(CELL, seed=2))
+    write_beside(tmp_path / "zoo.json", "lab", {"teacher": MODEL})
+    found = read_ledger(tmp_path / "zoo.json")
     assert found.suite == SUITE
     assert found.pairs["lab"].cells == {"sft": {1: CELL, 2: replace(CELL, seed=2)}}
     assert found.pairs["lab"].beside == {"teacher": MODEL}
 
 
+def test_the_mean_is_over_sets_and_of_the_first_decoding():
+    assert mean_rouge(MODEL) == 6.25
+    assert mean_rouge(Model({}, {})) is None
+
+
 def test_one_content_is_one_file_to_the_byte(tmp_path):
     for folder in ("a", "b"):
-        write_cell(tmp_path / folder, CELL)
+        write_cell(tmp_path / folder / "zoo.json", CELL)
     assert (tmp_path / "a/lab/sft-1.json.gz").read_bytes() == (tmp_path / "b/lab/sft-1.json.gz").read_bytes()
     assert not list(tmp_path.rglob("*.part"))
 
@@ -59,16 +65,16 @@ def test_one_content_is_one_file_to_the_byte(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "told"),
     [
-        (lambda folder: (folder / "suite.json").unlink(), "cannot be read .* is '.*' a ledger"),
-        (lambda folder: (folder / "suite.json").write_text('{"title": 1}'), "title: input should be a valid string"),
+        (lambda folder: (folder / "zoo.json").unlink(), "cannot be read .* is '.*' a ledger"),
+        (lambda folder: (folder / "zoo.json").write_text('{"title": 1}'), "title: input should be a valid string"),
         (lambda folder: (folder / "lab/sft-1.json.gz").write_bytes(b"no"), "cannot be read .*gzip"),
         (lambda folder: (folder / "lab/sft-1.json.gz").write_bytes(b"\x1f\x8b\x08"), "cannot be read"),
     ],
 )
 def test_a_broken_ledger_is_told_in_a_line(tmp_path, spoil, told):
-    write_suite(tmp_path, SUITE)
-    write_cell(tmp_path, CELL)
+    write_suite(tmp_path / "zoo.json", SUITE)
+    write_cell(tmp_path / "zoo.json", CELL)
     spoil(tmp_path)
     with pytest.raises(KdzooError, match=told) as raised:
-        read_ledger(tmp_path)
+        read_ledger(tmp_path / "zoo.json")
     assert "\n" not in str(raised.value)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
+from kdzoo.compare.suite import Suite
 from kdzoo.plugin.declarations import declarations
 from kdzoo.recipe.load import load_recipe
 from kdzoo.recipe.model import Section
@@ -18,17 +19,19 @@ from kdzoo.recipe.validate import DEEPSPEED_KEYS, OWNED_BY_THE_RECIPE
 
 REPOSITORY = Path(__file__).parents[2]
 DOC = REPOSITORY / "docs" / "recipes.md"
+SUITES = REPOSITORY / "docs" / "compare.md"
 TEXTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), *REPOSITORY.glob("benchmarks/*.md")])
 
 
 def sections(base: type[Section] = Section) -> list[type[Section]]:
-    """Every section of a recipe."""
+    """Every section of a recipe or a suite."""
     return [each for section in base.__subclasses__() for each in (section, *sections(section))]
 
 
 def table(section: type[Section]) -> dict[str, str]:
     """Key -> default of the table after `<!-- keys: Name -->`."""
-    after = DOC.read_text().partition(f"<!-- keys: {section.__name__} -->\n\n")[2]
+    doc = SUITES if section is Suite else DOC
+    after = doc.read_text().partition(f"<!-- keys: {section.__name__} -->\n\n")[2]
     rows = [line.strip("| ").split(" | ") for line in after.partition("\n\n")[0].splitlines()[2:]]
     return {key.strip("`"): default.strip("`") for key, _, default in rows}
 

@@ -121,7 +121,7 @@ BROKEN = {
     "": "kd.json:1:1: not JSON; expecting value",
     '{"a": {"b": 1, "b": 2}}': "kd.json: key 'b' stands twice in one object; remove one",
     '{"a": NaN}': "kd.json: 'NaN' is no JSON number; write a finite one",
-    "[1]": "kd.json: not an object; a recipe starts with '{'",
+    "[1]": "kd.json: not an object; it starts with '{'",
 }
 
 
