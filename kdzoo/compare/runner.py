@@ -60,7 +60,7 @@ class Comparison:
 
     def run(self) -> int:
         """Everything that is missing, and the report. Returns the exit code: 1 where a cell failed."""
-        with alone(self.cells):
+        with alone(self.cells), terminated_as_interrupted():
             board, missing = self.look()
             self.write_suite()
             say(board.summary())
@@ -259,6 +259,20 @@ def alone(folder: Path) -> Iterator[None]:
         raise KdzooError(f"--out: another comparison is at work in '{folder}'; wait for it, or name another") from error
     except OSError as error:
         raise KdzooError(f"--out: '{folder}' cannot be written ({error.strerror}); name another folder") from error
+
+
+@contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """A scheduler's SIGTERM ends the runs as ctrl-C does: they are in sessions of their own and would go on."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
