@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -79,9 +79,9 @@ class Board:
         with Live(get_renderable=self.table, console=self.console, refresh_per_second=2, transient=True):
             yield
 
-    def table(self) -> Table:
+    def table(self) -> Group:
         seeds = list(dict.fromkeys(shown.cell.seed for shown in self.shown.values()))
-        table = Table(title=self.summary(), title_justify="left", box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
         table.add_column("")
         for seed in seeds:
             table.add_column(f"seed {seed}", justify="right", min_width=9)
@@ -92,7 +92,7 @@ class Board:
             for recipe in self._near_the_work(of_pair, self.console.height - 4 - len(pairs)):
                 cells = {shown.cell.seed: shown for shown in of_pair if shown.cell.recipe == recipe}
                 table.add_row(f"  {recipe}", *(_cell(cells[seed]) if seed in cells else "" for seed in seeds))
-        return table
+        return Group(Text(self.summary()), table)
 
     def summary(self) -> str:
         failed = f", {self.count('failed')} failed" if self.failed else ""

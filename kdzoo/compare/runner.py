@@ -75,6 +75,7 @@ class Comparison:
                 raise
             finally:
                 self.report(board)
+        say(board.summary())
         for name, (why, log) in board.failed.items():
             say(f"failed: {name}: {why} ({log})")
         return 1 if board.failed else 0
