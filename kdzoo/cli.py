@@ -135,12 +135,7 @@ def compare(
 @click.option("--write", type=FILE, metavar="PATH", help="Write it to a file.")
 def schema(of_suites: bool, plugins: Sequence[Path], write: Path | None) -> None:
     """Print the JSON Schema of recipe files, made from the plugins."""
-    from kdzoo.compare.suite import suite_schema
-    from kdzoo.plugin.declarations import declarations
-    from kdzoo.recipe.schema import recipe_schema
-
-    found = suite_schema() if of_suites else recipe_schema(declarations(plugins))
-    _print_or_write(_json(found) + "\n", write)
+    _print_or_write(_json(_schema_of_suites() if of_suites else _schema_of_recipes(plugins)) + "\n", write)
 
 
 @cli.command()
@@ -232,6 +227,23 @@ def _print_or_write(text: str, file: Path | None) -> None:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise KdzooError(f"{file}: cannot be written ({error.strerror})") from error
+
+
+# schema
+
+
+def _schema_of_suites() -> dict[str, Any]:
+    from kdzoo.compare.suite import suite_schema
+
+    return suite_schema()
+
+
+def _schema_of_recipes(plugins: Sequence[Path]) -> dict[str, Any]:
+    """Without what suites need: an editor asks for this often, and a recipe's schema is in a cache."""
+    from kdzoo.plugin.declarations import declarations
+    from kdzoo.recipe.schema import recipe_schema
+
+    return recipe_schema(declarations(plugins))
 
 
 # validate and show

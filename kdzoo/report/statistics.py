@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.optimize import brentq
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestPower
+from statsmodels.stats.power import ttest_power
 
 Floats = NDArray[np.float64]
 
@@ -204,8 +204,17 @@ def detectable(spread: Spread) -> float:
 
     few, many = np.log(spread.seeds_df), np.log(MANY)
     df = float(np.exp(brentq(beyond, few, many))) if beyond(few) > 0 > beyond(many) else spread.seeds_df
-    size = TTestPower().solve_power(nobs=df + 1, alpha=LEVEL, power=POWER, alternative="two-sided")
-    return float(size * np.sqrt(df + 1) * error)
+    return standard_errors_found(df) * error
+
+
+def standard_errors_found(df: float) -> float:
+    """How many standard errors a true difference must have, that a t test finds it with `POWER`.
+
+    The search stays near the answer: far from it the non-central t distribution is not a number at scattered points.
+    """
+    critical = float(stats.t.isf(LEVEL / 2, df))
+    least, most = critical, 1.5 * critical + 1.0
+    return float(brentq(lambda size: float(ttest_power(size, 1, LEVEL, df=df)) - POWER, least, most))
 
 
 # Of numbers, one per training seed
