@@ -26,7 +26,7 @@ def collect(cell: Cell, folder: Path) -> tuple[ledger.Cell, dict[str, ledger.Mod
     scores: Scores = _read(folder / "scores.json")
     models = dict.fromkeys(name for found in scores.values() for name in found)
     read = {name: _model(RunFolder(folder), scores, name) for name in models}
-    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    metrics = _json_lines(folder / "metrics.jsonl")
     environment = _read(folder / "environment.json")
     entry = ledger.Cell(
         pair=cell.pair,
@@ -85,7 +85,7 @@ def _model(folder: RunFolder, scores: Scores, name: str) -> ledger.Model:
 
 def _answers(file: Path) -> list[ledger.Answers]:
     """By decoding seed, in the order in which they ran."""
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = _json_lines(file)
     return [
         ledger.Answers(
             seed,
@@ -94,6 +94,11 @@ def _answers(file: Path) -> list[ledger.Answers]:
         )
         for seed in dict.fromkeys(row["seed"] for row in rows)
     ]
+
+
+def _json_lines(file: Path) -> list[Any]:
+    with file.open(encoding="utf-8") as lines:  # which end at line feeds alone: an answer may hold U+2028 as it is
+        return [json.loads(line) for line in lines]
 
 
 def _gold(scores: ModelScores) -> ledger.Gold:

@@ -10,7 +10,7 @@ from kdzoo.evaluate.scoring import Answer
 from kdzoo.run.folder import RunFolder
 
 
-def made_up_run(folder: Path, cell: Cell, score: float = 50.0) -> None:
+def made_up_run(folder: Path, cell: Cell, score: float = 50.0, text: str = "answer") -> None:
     """What a run of two prompts leaves, as far as a comparison reads it."""
     run = RunFolder.create(cell.loaded.recipe.title, folder)
     run.write_recipe(cell.loaded.resolved)
@@ -37,7 +37,7 @@ def made_up_run(folder: Path, cell: Cell, score: float = 50.0) -> None:
         decodings: dict[str, list[int | None]] = {"greedy": [None], "sample": [10, 20]}
         for decoding, seeds in ({"copy": [None]} if copied else decodings).items():
             answers = [
-                Answer(str(row), seed, "?", f"answer {row}", ["gold"], score + row)
+                Answer(str(row), seed, "?", f"{text} {row}", ["gold"], score + row)
                 for seed in seeds
                 for row in range(2)
             ]

@@ -33,6 +33,13 @@ def test_it_says_what_it_was_made_from_and_not_where(collected):
     assert not {"command", "git"} & entry.environment.keys()
 
 
+def test_an_answer_may_hold_any_separator_that_unicode_knows(suite, tmp_path):
+    cell = load_suite(suite).cells[0]
+    made_up_run(tmp_path / "run", cell, text="a\u2028b\x85c\x0cd")
+    entry, _ = collect(cell, tmp_path / "run")
+    assert entry.student.answers["seen"]["greedy"][0].texts[0] == "a\u2028b\x85c\x0cd 0"
+
+
 def test_what_stands_beside_is_kept_once_for_all(collected):
     _, _, beside = collected
     assert set(beside) == {"teacher", "copy of the input"}
