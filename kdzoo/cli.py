@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kdzoo.plugin.declarations import Declarations, Declared
     from kdzoo.recipe.load import LoadedRecipe
     from kdzoo.recipe.model import LossSlot, ModelSource, Recipe, Stage
+    from kdzoo.report.write import Places
 
 FILE = click.Path(path_type=Path)
 
@@ -125,8 +126,26 @@ def compare(
     loaded = load_suite(suite, on, sets, plugins, seeds)
     from kdzoo.compare.runner import Comparison
 
-    comparison = Comparison(loaded, out / "cells", (ledger or out) / f"{loaded.name}.json", jobs, ranks)
+    file = (ledger or out) / f"{loaded.name}.json"
+    comparison = Comparison(loaded, out / "cells", file, _report_beside, jobs, ranks)
     return comparison.list_missing() if dry_run else comparison.run()
+
+
+@cli.command()
+@click.option("--title", metavar="TEXT", help="Of the page, if not the first suite's.")
+@click.option("--markdown", type=FILE, metavar="FILE", help="Where the Markdown goes, if not beside the first SUITE.")
+@click.option("--html", type=FILE, metavar="FILE", help="Where the HTML page goes.")
+@click.option("--figures", type=FILE, metavar="DIR", help="Where the figures go, as PNG.")
+@click.argument("suites", type=FILE, nargs=-1, required=True, metavar="SUITE...")
+def report(
+    suites: Sequence[Path], title: str | None, markdown: Path | None, html: Path | None, figures: Path | None
+) -> None:
+    """Make the report of SUITE, a file of a ledger; of several, one page."""
+    from kdzoo.report.write import Places
+
+    beside = Places.beside(suites[0])
+    places = Places(markdown or beside.markdown, html or beside.html, figures or beside.figures)
+    _report(suites, places, title)
 
 
 @cli.command()
@@ -227,6 +246,22 @@ def _print_or_write(text: str, file: Path | None) -> None:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise KdzooError(f"{file}: cannot be written ({error.strerror})") from error
+
+
+# report
+
+
+def _report_beside(suite: Path) -> None:
+    from kdzoo.report.write import Places
+
+    _report([suite], Places.beside(suite))
+
+
+def _report(suites: Sequence[Path], places: Places, title: str | None = None) -> None:
+    from kdzoo.report.write import spoken, write_report
+
+    document = write_report(suites, places, title)
+    click.echo(f"{spoken(document)}\n\nreport: {places.html}, {places.markdown}, {places.figures}{os.sep}")
 
 
 # schema

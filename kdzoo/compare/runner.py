@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -48,6 +48,8 @@ class Comparison:
     """Run folders, `<pair>/<recipe>-<seed>-<key>`."""
     ledger: Path
     """The suite's file of the ledger; cells are kept in folders beside it."""
+    report: Callable[[Path], None]
+    """Makes the report of a ledger's suite, however much of it there is."""
     jobs: int = 1
     ranks: int | None = None
     left_out: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -74,7 +76,8 @@ class Comparison:
                 say(f"{board.summary()}; the same command goes on from here")
                 raise
             finally:
-                self.report(board)
+                if board.count("done"):
+                    self.report(self.ledger)
         say(board.summary())
         for name, (why, log) in board.failed.items():
             say(f"failed: {name}: {why} ({log})")
@@ -99,9 +102,6 @@ class Comparison:
         return board, {
             pair: [cell for cell in self.fitting(pair) if not self.kept(cell, board)] for pair in self.suite.pairs
         }
-
-    def report(self, board: Board) -> None:
-        """Also of a part: what is missing is said in it."""
 
     def fitting(self, pair: str) -> list[Cell]:
         left_out = self.left_out.get(pair, {})

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from scipy import stats
 from scipy.optimize import brentq
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import ttest_power
 
 Floats = NDArray[np.float64]
 
@@ -210,11 +209,12 @@ def detectable(spread: Spread) -> float:
 def standard_errors_found(df: float) -> float:
     """How many standard errors a true difference must have, that a t test finds it with `POWER`.
 
-    The search stays near the answer: far from it the non-central t distribution is not a number at scattered points.
+    On its own side of zero: the other one's share is nothing here, and not a number at some points. The search stays
+    near the answer for the same reason.
     """
     critical = float(stats.t.isf(LEVEL / 2, df))
     least, most = critical, 1.5 * critical + 1.0
-    return float(brentq(lambda size: float(ttest_power(size, 1, LEVEL, df=df)) - POWER, least, most))
+    return float(brentq(lambda size: float(stats.nct.sf(critical, df, size)) - POWER, least, most))
 
 
 # Of numbers, one per training seed

@@ -94,9 +94,10 @@ def test_a_suite_is_interrupted_and_goes_on_to_its_report(suite, cache):
     assert "1 of 3 cells done, 1 failed" in told and "the same command goes on from here" in told
     assert not list(out.rglob("*.part"))
     assert list(read_ledger(out / "tiny_suite.json").pairs["pair"].cells) == ["alone"]
+    assert "Not run yet: `broken` seed 1; `dskd` seed 1." in (out / "tiny_suite.md").read_text()
 
     second = start(suite, cache)
-    _, told = second.communicate(timeout=300)
+    spoken, told = second.communicate(timeout=300)
     assert second.returncode == 1, told  # the broken one again
     assert told.splitlines()[0] == "1 of 3 cells done"
     assert "failed: pair broken-1: ValueError: on purpose" in told
@@ -104,3 +105,5 @@ def test_a_suite_is_interrupted_and_goes_on_to_its_report(suite, cache):
     assert list(found.cells) == ["alone", "dskd"]
     assert found.cells["dskd"][1].environment["ranks"] == 1
     assert "teacher" in found.beside
+    assert "dskd: " in spoken and f"report: {Path('runs/compare/tiny_suite.html')}" in spoken
+    assert (out / "tiny_suite.html").is_file() and list((out / "figures").glob("*.png"))

@@ -16,7 +16,7 @@ from kdzoo.errors import KdzooError
 
 
 class MadeUp(Comparison):
-    """Whose runs take no time: `ran` is which ones; those in `fail` say why and end."""
+    """Whose runs take no time: `ran` is which ones; those in `fail` say why and end. `reported` is of which suites."""
 
     fail: tuple[str, ...] = ()
     unfit: tuple[str, ...] = ()
@@ -24,6 +24,8 @@ class MadeUp(Comparison):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.ran: list[str] = []
+        self.reported: list[Path] = []
+        self.report = self.reported.append
 
     def process(self, cell: Cell, recipe: Path, work: Path, log: Path) -> int:
         self.ran.append(cell.name)
@@ -40,7 +42,7 @@ class MadeUp(Comparison):
 @pytest.fixture
 def comparison(suite):
     def make(**settings) -> MadeUp:
-        made = MadeUp(load_suite(suite), Path("out/cells"), Path("out/two.json"))
+        made = MadeUp(load_suite(suite), Path("out/cells"), Path("out/two.json"), print)
         for name, value in settings.items():
             setattr(made, name, value)
         return made
@@ -61,6 +63,13 @@ def test_it_runs_every_cell_once_and_reports_them(comparison):
     second = comparison()
     assert second.run() == 0
     assert second.ran == []
+    assert first.reported == second.reported == [Path("out/two.json")]
+
+
+def test_nothing_is_reported_where_no_cell_is_done(comparison):
+    failed = comparison(fail=("sft-1", "sft-2", "kl-1", "kl-2"))
+    assert failed.run() == 1
+    assert failed.reported == []
 
 
 def test_a_failure_stops_nothing_and_is_tried_again(comparison, capfd):
@@ -114,7 +123,7 @@ def test_an_interrupted_cell_leaves_nothing_half_done(comparison):
             return super().process(cell, recipe, work, log)
 
     base = comparison()
-    stopped = Interrupted(base.suite, base.cells, base.ledger)
+    stopped = Interrupted(base.suite, base.cells, base.ledger, print)
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
     assert stopped.ran == ["sft-1", "kl-1"]
@@ -133,7 +142,7 @@ def test_as_many_run_at_a_time_as_jobs(suite):
                 together.wait()
             return super().process(cell, recipe, work, log)
 
-    made = Parallel(load_suite(suite), Path("out/cells"), Path("out/two.json"), jobs=2)
+    made = Parallel(load_suite(suite), Path("out/cells"), Path("out/two.json"), print, jobs=2)
     assert made.run() == 0
     assert made.ran[0] == "sft-1"
     assert sorted(made.ran) == ["kl-1", "kl-2", "sft-1", "sft-2"]
@@ -142,7 +151,7 @@ def test_as_many_run_at_a_time_as_jobs(suite):
 def test_runs_at_a_time_share_the_cores(suite, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
-    made = Comparison(load_suite(suite), Path("c"), Path("l.json"), jobs=2, ranks=2)
+    made = Comparison(load_suite(suite), Path("c"), Path("l.json"), print, jobs=2, ranks=2)
     assert made.threads()["OMP_NUM_THREADS"] == "2"
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert made.threads()["OMP_NUM_THREADS"] == "1"

@@ -23,6 +23,7 @@ from kdzoo.report.statistics import (
     mean_interval,
     p_value,
     spread_of,
+    standard_errors_found,
     within,
 )
 
@@ -242,3 +243,11 @@ def test_the_interval_of_a_mean_over_seeds_by_hand():
     assert mean_interval([1.0]) is None
     assert deviation([1.0, 3.0]) == pytest.approx(sqrt(2))
     assert deviation([1.0]) is None
+
+
+@pytest.mark.parametrize("df", [1.0, 2.0, 4.0, 30.0, 1e5])
+def test_the_detectable_difference_is_found_as_often_as_it_says(df):
+    """By simulation of the t test itself, down to one degree of freedom, where two training seeds leave us."""
+    size, generator = standard_errors_found(df), np.random.default_rng(5)
+    drawn = (generator.standard_normal(40_000) + size) / np.sqrt(generator.chisquare(df, 40_000) / df)
+    assert np.mean(np.abs(drawn) > stats.t.isf(LEVEL / 2, df)) == pytest.approx(0.8, abs=0.008)
