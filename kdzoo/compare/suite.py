@@ -121,7 +121,9 @@ def load_suite(
         for name, recipe in recipes.items()
     ]
     for pair in pairs:
-        _check_shared([cell for cell in cells if cell.pair == pair.stem], Path(suite.baseline).stem)
+        of_pair = [cell for cell in cells if cell.pair == pair.stem]
+        _check_shared(of_pair, Path(suite.baseline).stem)
+        _check_apart(of_pair)
     return LoadedSuite(path.stem, suite.model_copy(update={"seeds": list(seeds or suite.seeds)}), tuple(cells))
 
 
@@ -215,6 +217,21 @@ def _check_shared(cells: Sequence[Cell], baseline: str) -> None:
                     f"{cell.loaded.path} on '{cell.pair}': {'.'.join(address)}: is not that of '{baseline}'; students "
                     "of one comparison have the same models, data and budget: set it in the suite's 'patch'"
                 )
+    if faults:
+        raise RecipeError("\n".join(faults))
+
+
+def _check_apart(cells: Sequence[Cell]) -> None:
+    """Refuse two names for one run: what sets them apart was lost under what is merged over them."""
+    first: dict[str, Cell] = {}
+    faults = []
+    for cell in cells:
+        same = first.setdefault(cell.key, cell)
+        if same is not cell:
+            faults.append(
+                f"{cell.loaded.path} on '{cell.pair}': is the same run as '{same.name}'; what sets them apart is "
+                "overridden by the pair, the suite's 'patch' or '--set'"
+            )
     if faults:
         raise RecipeError("\n".join(faults))
 
