@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from kdzoo.report import figures
 from kdzoo.report.document import Block, Bullets, Document, Figure, Heading, Paragraph, Table
@@ -56,7 +57,7 @@ def _pair(found: Findings, pair: PairFindings, published: Published, level: int,
                 f"{suite}-{pair.name}-{decoded.decoding}",
                 f"Differences, {decoded.decoding}: thick over prompts, thin over training seeds and prompts; green and "
                 "red are told from what they are compared with after correction, grey are not.",
-                figures.differences(decoded.contrasts, LEVEL),
+                partial(figures.differences, decoded.contrasts, LEVEL),
                 _width(),
             )
     if pair.gold:
@@ -68,14 +69,14 @@ def _pair(found: Findings, pair: PairFindings, published: Published, level: int,
     yield Figure(
         f"{suite}-{pair.name}-curves",
         "Cross-entropy of the training rows, the mean over training seeds; grey is what the method is compared with.",
-        figures.learning_curves(pair.curves, against, found.suite.baseline),
+        partial(figures.learning_curves, pair.curves, against, found.suite.baseline),
         _width(),
     )
     if figures.has_gradients(pair):
         yield Figure(
             f"{suite}-{pair.name}-gradients",
             "Whose gradient reaches the student's last hidden state: shares of the norms, the mean over training.",
-            figures.gradient_shares(pair.gradients),
+            partial(figures.gradient_shares, pair.gradients),
             _width(),
         )
     yield Paragraph(_where_from(pair))

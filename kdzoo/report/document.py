@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -39,7 +40,8 @@ class Figure:
     name: str
     """The file's, without its ending."""
     caption: str
-    png: bytes
+    draw: Callable[[], bytes]
+    """Makes the PNG: a page of Markdown alone needs no pictures."""
     width: int
     """In pixels of the page."""
     kind: str = "figure"

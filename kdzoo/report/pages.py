@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from base64 import b64encode
+from collections.abc import Mapping
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader
@@ -21,20 +22,21 @@ def markdown(document: Document, figures: str) -> str:
     return _environment(html=False).get_template("report.md.j2").render(document=document, figures=figures)
 
 
-def html(document: Document) -> str:
-    return _environment(html=True).get_template("report.html.j2").render(document=document)
+def html(document: Document, pictures: Mapping[str, bytes]) -> str:
+    """`pictures` are the figures by name, as PNG."""
+    return _environment(html=True).get_template("report.html.j2").render(document=document, pictures=pictures)
 
 
 def write(document: Document, markdown_file: Path, html_file: Path, figures: Path) -> None:
     """Raises KdzooError where a file cannot be written."""
+    pictures = {block.name: block.draw() for block in document.blocks if isinstance(block, Figure)}
     try:
-        for block in document.blocks:
-            if isinstance(block, Figure):
-                figures.mkdir(parents=True, exist_ok=True)
-                (figures / f"{block.name}.png").write_bytes(block.png)
+        figures.mkdir(parents=True, exist_ok=True)
+        for name, png in pictures.items():
+            (figures / f"{name}.png").write_bytes(png)
         for file, text in (
             (markdown_file, markdown(document, _seen_from(markdown_file.parent, figures))),
-            (html_file, html(document)),
+            (html_file, html(document, pictures)),
         ):
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
