@@ -95,6 +95,46 @@ def show(recipe: Path, on: Sequence[Path], sets: Sequence[str], plugins: Sequenc
     click.echo("\n".join(_origins(loaded)) if origin else _json(loaded.resolved))
 
 
+@cli.command("eval")
+@click.option("--on", "sets", multiple=True, metavar="SETS", help="Sets, separated by commas; a run has its own.")
+@click.option("--decoding", "decodings", multiple=True, metavar="NAME", help="greedy or sampling; repeatable.")
+@click.option("--seed", "seeds", type=int, multiple=True, help="A decoding seed, not 10 to 50; repeatable.")
+@click.option("--no-repeat-ngram-size", type=click.IntRange(min=0), metavar="N", help="0: n-grams may repeat.")
+@click.option("--max-prompt-length", type=click.IntRange(min=1), metavar="N", help="Tokens that a prompt keeps.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Tokens of an answer.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first rows of each set only.")
+@click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Prompts at a time.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Of the weights.")
+@click.option("--chat/--no-chat", default=None, help="The tokenizer's own chat template.")
+@click.option("--engine", type=click.Choice(["own", "vllm"]), default="own", help="What generates.")
+@click.option("--ranks", type=click.IntRange(min=1), metavar="N", help="Processes; of vLLM: GPUs.")
+@click.option("--out", type=FILE, metavar="DIR", help="Keep answers and scores in a folder.")
+@click.option("--json", "as_json", is_flag=True, help="Scores, and what they depend on, as JSON.")
+@plugin_option
+@click.argument("model", metavar="MODEL_OR_RUN")
+def evaluate(
+    model: str,
+    sets: Sequence[str],
+    decodings: Sequence[str],
+    seeds: Sequence[int],
+    engine: str,
+    ranks: int | None,
+    plugins: Sequence[Path],
+    **asked: Any,
+) -> int:
+    """Score a model on SETS: a run's student, a folder, or a name of the hub."""
+    from kdzoo.run import launch
+    from kdzoo.run.evaluation import Asked, EvaluationTask, evaluate_with_vllm, plan
+
+    names = tuple(name for given in sets for name in given.split(",") if name)
+    wanted = Asked(model, names, tuple(decodings), tuple(seeds), plugins=tuple(plugins), **asked)
+    plan(wanted)  # before a process is started for nothing
+    if engine == "own":
+        return launch(EvaluationTask(wanted), ranks)
+    evaluate_with_vllm(wanted, ranks or 1)
+    return 0
+
+
 @cli.command()
 @click.option(
     "--on", type=FILE, multiple=True, metavar="PAIR", help="Compare on this pair, not on the suite's; repeatable."

@@ -1,4 +1,4 @@
-"""Rows of instruction data, from the lab, a JSONL file or a Hugging Face data set."""
+"""Rows of instruction data, from the lab, a set that the literature knows, a JSONL file or a Hugging Face data set."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from kdzoo.data.place import existing_file, local_folder, one_line
+from kdzoo.data.sets import set_file
 from kdzoo.errors import DataError, did_you_mean
 from kdzoo.quiet import quiet_datasets
 from kdzoo.recipe.model import Fields, Source
+
+KINDS = ("lab", "set", "jsonl", "dataset")
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,19 @@ def load_rows(source: Source, address: str) -> list[Row]:
 
     `address` is the source's place in the recipe (`data.train`); every `DataError` begins with it.
     """
-    given = [kind for kind in ("lab", "jsonl", "dataset") if getattr(source, kind) is not None]
+    given = [kind for kind in KINDS if getattr(source, kind) is not None]
     if len(given) != 1:
         said = "none of them is there" if not given else f"'{given[0]}' and '{given[1]}' are both there"
-        raise DataError(f"{address}: rows come from one of 'lab', 'jsonl', 'dataset', but {said}; give one")
+        known = ", ".join(f"'{kind}'" for kind in KINDS)
+        raise DataError(f"{address}: rows come from one of {known}, but {said}; give one")
     if source.lab is not None:
         origin = f"lab '{source.lab}'"
         found: Iterable[Mapping[str, Any]] = _lab(source.lab, source.limit, address)
     elif source.jsonl is not None:
         path = existing_file(source.jsonl, address, DataError)
+        origin, found = f"'{path}'", _jsonl(path, address)
+    elif source.set is not None:
+        path = set_file(source.set, f"{address}.set")
         origin, found = f"'{path}'", _jsonl(path, address)
     else:
         origin, found = f"'{source.dataset}'", _dataset(source, address)

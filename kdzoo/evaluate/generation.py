@@ -60,7 +60,7 @@ def generate(
     Raises ModelError where prompt and answer do not fit the model's positions.
     """
     texts = [*prompts, ""]  # the last one is the stand-in
-    tokens = _prompt_tokens(tokenizer, texts, max_prompt_length, add_special_tokens)
+    tokens = prompt_tokens(tokenizer, texts, max_prompt_length, add_special_tokens)
     require_positions(model.config, max(map(len, tokens)), max_new_tokens)
     # Similar lengths together: little padding. Long ones first: what exceeds the memory fails at once.
     order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))
@@ -79,7 +79,7 @@ def generate(
             draws = [_uniforms(seed, texts[i], max_new_tokens) for i in indices] if decoding.sample else []
             new = _continue(model, ids, mask, config, _processors(decoding, mask, draws), synced)
             for i, row in zip(indices, new.tolist(), strict=True):
-                answers[i] = _text(tokenizer, row)
+                answers[i] = answer_text(tokenizer, row)
             done = min(done + len(indices), len(prompts))
             if on_batch is not None:
                 on_batch(done)
@@ -142,7 +142,7 @@ class Draw(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
-def _prompt_tokens(
+def prompt_tokens(
     tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], max_length: int, add_special_tokens: bool
 ) -> list[list[int]]:
     """The first tokens of every prompt, as in training: special tokens that would close it are left out.
@@ -232,7 +232,7 @@ def _continue(
     return whole[:, ids.shape[1] :]
 
 
-def _text(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+def answer_text(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
     """An answer as text: cut at its end, without special tokens, stripped."""
     answer = list(takewhile(lambda token: token != tokenizer.eos_token_id, ids))
     text = tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False)

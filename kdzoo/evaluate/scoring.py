@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from statistics import mean
+from typing import Protocol
 
 import torch
+from transformers import PreTrainedModel
 
 from kdzoo.data.collate import build_examples, collate
 from kdzoo.data.encode import Encoder
@@ -21,7 +23,7 @@ from kdzoo.engine.frozen import FrozenModel, gather
 from kdzoo.evaluate import ModelScores, RougeScores
 from kdzoo.evaluate.generation import generate
 from kdzoo.evaluate.rouge import mean_score, rouge_l
-from kdzoo.recipe.model import Evaluation
+from kdzoo.recipe.model import Decoding, Evaluation
 from kdzoo.step.facts import judge
 from kdzoo.step.vocabulary import CHUNK_BYTES
 
@@ -46,6 +48,14 @@ class Scored:
     answers: Mapping[str, list[Answer]]
 
 
+class Generate(Protocol):
+    """Answers to prompts in their order; the seed counts where they are drawn. `on_batch` hears how many are done."""
+
+    def __call__(
+        self, prompts: Sequence[str], decoding: Decoding, seed: int, on_batch: Callable[[int], None]
+    ) -> list[str]: ...
+
+
 def score_model(
     model: FrozenModel,
     encoder: Encoder,
@@ -58,27 +68,55 @@ def score_model(
 
     `on_done` hears how many answers this rank has, counted over all decodings and seeds.
     """
+    generator = own_generator(model.model, encoder, evaluation, synced=model.partitioned)
+    rouge, answers = score_answers(generator, encoder, rows, evaluation.decoding, on_done)
+    entropy, accuracy = read_gold(model, encoder, rows, evaluation.batch, address)
+    return Scored(ModelScores(rouge_l=rouge, cross_entropy=entropy, token_accuracy=accuracy), answers)
+
+
+def own_generator(model: PreTrainedModel, encoder: Encoder, evaluation: Evaluation, synced: bool = False) -> Generate:
+    """Our own generation with a loaded model; `synced` where it is partitioned over ranks."""
+
+    def answer(prompts: Sequence[str], decoding: Decoding, seed: int, on_batch: Callable[[int], None]) -> list[str]:
+        return generate(
+            model,
+            encoder.tokenizer,
+            prompts,
+            decoding,
+            seed,
+            max_new_tokens=evaluation.max_new_tokens,
+            max_prompt_length=encoder.data.max_prompt_length,
+            batch=evaluation.batch,
+            add_special_tokens=not encoder.data.template.chat,
+            synced=synced,
+            on_batch=on_batch,
+        )
+
+    return answer
+
+
+def score_answers(
+    generator: Generate,
+    encoder: Encoder,
+    rows: Sequence[Row],
+    decodings: Mapping[str, Decoding],
+    on_done: Callable[[int], None],
+) -> tuple[dict[str, RougeScores], dict[str, list[Answer]]]:
+    """Rouge-L and answers by decoding. Every rank calls this together and generates for its share of the rows."""
     prompts = [prompt_of(row, encoder.data.template, encoder.tokenizer) for row in rows]
     mine = range(rank(), len(rows), world())
     rouge: dict[str, RougeScores] = {}
     answers: dict[str, list[Answer]] = {}
     before = 0
-    for name, decoding in evaluation.decoding.items():
+    for name, decoding in decodings.items():
         answers[name] = []
         per_seed = []
         for seed in decoding.seeds if decoding.sample else [None]:
-            own = generate(
-                model.model,
-                encoder.tokenizer,
+            own = generator(
                 [prompts[i] for i in mine],
                 decoding,
                 seed or 0,
-                max_new_tokens=evaluation.max_new_tokens,
-                max_prompt_length=encoder.data.max_prompt_length,
-                batch=evaluation.batch,
-                add_special_tokens=not encoder.data.template.chat,
-                synced=model.partitioned,
-                on_batch=lambda done, before=before: on_done(before + done),  # type: ignore[misc]
+                lambda done, before=before: on_done(before + done),  # type: ignore[misc]
             )
             before += len(mine)
             texts = _in_order(own, len(rows))
@@ -89,8 +127,7 @@ def score_model(
             ]
             per_seed.append(mean_score(scores))
         rouge[name] = RougeScores(mean=mean(per_seed), per_seed=per_seed)
-    entropy, accuracy = read_gold(model, encoder, rows, evaluation.batch, address)
-    return Scored(ModelScores(rouge_l=rouge, cross_entropy=entropy, token_accuracy=accuracy), answers)
+    return rouge, answers
 
 
 def read_gold(

@@ -80,10 +80,13 @@ class Fields(Section):
 
 
 class Source(Section):
-    """Rows of instruction data: exactly one of `lab`, `jsonl`, `dataset`."""
+    """Rows of instruction data: exactly one of `lab`, `set`, `jsonl`, `dataset`."""
 
     lab: str | None = None
     """A split of the built-in lab data: `train`, `teacher`, `held_out`, or an evaluation split."""
+    set: str | None = None
+    """An evaluation set of the literature: `dolly`, `self_instruct`, `vicuna`, `sni` or `unni`, from the folder
+    $KDZOO_DATA where it is there, else from the hub; or `unni_short`, from the folder alone."""
     jsonl: str | None = None
     """A JSONL file; `$VARIABLES` are expanded."""
     dataset: str | None = None

@@ -6,7 +6,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ from kdzoo.recipe.load import load_recipe
 
 
 @dataclass(frozen=True)
-class Job:
+class RunTask:
     """What every rank is told; it loads the recipe itself, so that nothing but text crosses processes."""
 
     recipe_path: Path
@@ -24,15 +24,26 @@ class Job:
     sets: tuple[str, ...]
     plugins: tuple[Path, ...]
     out: Path | None
+
+    def __call__(self) -> None:
+        from kdzoo.run.recipe_run import run_recipe
+
+        run_recipe(load_recipe(self.recipe_path, self.on, self.sets, self.plugins), self.out)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A task on one rank."""
+
+    task: Callable[[], None]
     faults: Path
     """A folder where ranks leave what ended them, since several may end at once."""
 
     def __call__(self) -> int:
         from kdzoo.engine import distributed
-        from kdzoo.run.recipe_run import run_recipe
 
         try:
-            run_recipe(load_recipe(self.recipe_path, self.on, self.sets, self.plugins), self.out)
+            self.task()
         except KdzooError as error:
             self._leave("fault", distributed.rank(), str(error))
             return 2
@@ -76,14 +87,20 @@ def launch_run(
     """Validate, start the ranks, run. Returns the exit code; a user fault of any rank is raised once, here."""
     recipe = load_recipe(recipe_path, on, sets, plugins).recipe
     from kdzoo.data.schedule import micro_batch_of
-    from kdzoo.engine.distributed import default_ranks, launched_from_outside, run_on_ranks
+    from kdzoo.engine.distributed import default_ranks, launched_from_outside
 
     ranks = ranks or default_ranks()
     if not launched_from_outside():
         for name, stage in recipe.stages.items():
             micro_batch_of(stage, ranks, f"stages.{name}")  # before a process is started for nothing
+    return launch(RunTask(recipe_path, tuple(on), tuple(sets), tuple(plugins), out), ranks)
+
+
+def launch(task: Callable[[], None], ranks: int | None) -> int:
+    """The task on every rank. Returns the exit code; a user fault of any rank is raised once, here."""
+    from kdzoo.engine.distributed import default_ranks, run_on_ranks
+
     with tempfile.TemporaryDirectory(prefix="kdzoo-") as faults:
-        job = Job(recipe_path, tuple(on), tuple(sets), tuple(plugins), out, Path(faults))
-        code = run_on_ranks(ranks, job)
+        code = run_on_ranks(ranks or default_ranks(), Job(task, Path(faults)))
         tell(Path(faults), code)
     return code

@@ -300,7 +300,7 @@ class Run:
             for set_name in missing:
                 rows = self.sets[set_name]
                 address = f"evaluation.sets.{set_name}"
-                scored = score_model(model, party.encoder, rows, evaluation, address, partial(_advance, bar, before))
+                scored = score_model(model, party.encoder, rows, evaluation, address, partial(advance, bar, before))
                 before += runs * -(-len(rows) // world())
                 self.keep(set_name, name, scored)
                 if key is not None and rank() == 0:
@@ -346,7 +346,7 @@ class Run:
             self.loaded.path.name,
             ordered,
             teacher=self.session.teacher.model.description,
-            data=f"{len(self.rows.rows)} rows of '{train.lab or train.jsonl or train.dataset}'",
+            data=f"{len(self.rows.rows)} rows of '{train.lab or train.set or train.jsonl or train.dataset}'",
             base_model=self.recipe.student.name,
             lora=self.recipe.student.lora,
         )
@@ -365,5 +365,6 @@ def keep_scored(content: Mapping[str, Any], scored: Scored) -> None:
     cached_folder("scores", content, build)
 
 
-def _advance(bar: StageProgress, before: int, done: int) -> None:
+def advance(bar: StageProgress, before: int, done: int) -> None:
+    """`done` more than there were `before`."""
     bar.update(before + done)
