@@ -17,6 +17,7 @@ POINTS = 20
 """Of a curve; each is the mean over the steps since the one before."""
 
 STUDENT = "student"
+COPY = "copy of the input"
 ELSEWHERE = ("command", "git")
 """Of the environment: what says where somebody works."""
 
@@ -42,6 +43,9 @@ def collect(cell: Cell, folder: Path) -> tuple[ledger.Cell, dict[str, ledger.Mod
         curve=curve(metrics),
         cost=cost(metrics),
     )
+    if any(source.lab is None for source in cell.loaded.recipe.evaluation.sets.values()):
+        # It is the rows' own text, which somebody who shares a ledger may not be free to share.
+        read.pop(COPY, None)
     return entry, {name: model for name, model in read.items() if model.answers}
 
 

@@ -56,7 +56,7 @@ def test_a_terminal_gets_a_table_that_fills_up(board, suite, tmp_path):
 
 def test_a_low_screen_shows_what_is_at_work(suite, write, board):
     for number in range(12):
-        write(f"m{number}.json", {"extends": "sft.json"})
+        write(f"m{number}.json", {"extends": "sft.json", "losses": {"sft": {"weight": 1.0 + number / 8 + 0.1}}})
     content = suite.read_text().replace('["../kl.json"]', str([f"../m{n}.json" for n in range(12)]).replace("'", '"'))
     suite.write_text(content)
     made, cells = board(True, height=10), load_suite(suite).cells

@@ -47,6 +47,13 @@ def test_what_stands_beside_is_kept_once_for_all(collected):
     assert beside["copy of the input"].gold == {}
 
 
+def test_rows_of_somebody_elses_are_not_copied_into_a_ledger(suite, tmp_path):
+    """A copy of the input is their text."""
+    cell = load_suite(suite, sets=['evaluation.sets.seen={"jsonl": "own.jsonl"}']).cells[0]
+    made_up_run(tmp_path / "run", cell)
+    assert set(collect(cell, tmp_path / "run")[1]) == {"teacher"}
+
+
 def test_a_curve_is_means_over_windows_and_has_gaps_where_nothing_was_looked_at():
     steps = [{"step": n, "loss": float(n)} | ({"kl/gradient_at_state": 2.0} if n == 1 else {}) for n in range(1, 41)]
     found = curve(steps)

@@ -62,7 +62,7 @@ def test_a_local_data_set_of_hugging_face_is_read(tmp_path: Path, capfd: pytest.
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        (Source(), "one of 'lab', 'jsonl', 'dataset'"),
+        (Source(), "one of 'lab', 'set', 'jsonl', 'dataset'"),
         (Source(lab="trian"), "did you mean 'train'?"),
         (Source(lab="train", jsonl="x"), "'lab' and 'jsonl' are both there"),
         (Source(jsonl="$NO_SUCH_VARIABLE/x.jsonl"), "'NO_SUCH_VARIABLE', which is not set"),
