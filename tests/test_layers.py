@@ -111,7 +111,8 @@ def test_a_plugin_imports_public_names_and_few_libraries(file):
         if isinstance(node, ast.ImportFrom) and node.module == "kdzoo":
             assert {alias.name for alias in node.names} <= set(kdzoo.__all__)
     others = {name for name in imports(file) if name.split(".")[0] not in sys.stdlib_module_names}
-    libraries = {"torch", "pydantic"} | ({"numpy", "rapidfuzz"} if file.stem == "kdzoo_aligners" else set())
+    own = {"kdzoo_aligners": {"numpy", "rapidfuzz"}, "kdzoo_wandb": {"wandb"}, "kdzoo_trackio": {"trackio"}}
+    libraries = {"torch", "pydantic"} | own.get(file.stem, set())
     assert {name for name in others if name.split(".")[0] not in libraries} <= {"kdzoo"}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
@@ -40,5 +40,24 @@ def register_anatomies(register: Callable[[type[Anatomy]], None]) -> None:
 
 
 @hookspec
-def step_logged(step: int, metrics: Mapping[str, float], folder: Path) -> None:
+def run_started(folder: Path, recipe: Mapping[str, Any]) -> None:
+    """A run with this resolved recipe has its folder, and nothing is trained yet; called on the first rank alone."""
+
+
+@hookspec
+def step_logged(step: int, metrics: Mapping[str, float], stage: str, folder: Path) -> None:
     """An optimizer step was written to the log of the run in `folder`; called on the first rank alone."""
+
+
+@hookspec
+def run_ended(folder: Path) -> None:
+    """The run in `folder` is over, well or not; called on the first rank alone."""
+
+
+@hookspec
+def tracker() -> str:  # type: ignore[empty-body]
+    """Of a plugin that sends steps somewhere: the name by which a recipe's `trackers` asks for it.
+
+    Such a plugin hears of a run only where the recipe names it. What it raises in `run_started` ends the run; in the
+    other hooks it is told once, and the plugin hears no more of the run.
+    """

@@ -54,13 +54,13 @@ class Registry:
     anatomies: dict[str, Anatomy]
     providers: dict[tuple[Kind, str], PluginSource]
     """Which plugin registered what."""
-    hook: pluggy.HookRelay
-    """For `hook.step_logged(step=..., metrics=..., folder=...)`."""
+    manager: pluggy.PluginManager
+    """For the hooks that follow a run."""
 
 
 def load_plugins(loose: Sequence[Path] = ()) -> Registry:
     """Import every installed plugin and every loose file. Raises `PluginError` at the first fault."""
-    hook, registered = collect(find_plugins(loose))
+    manager, registered = collect(find_plugins(loose))
     refuse_clashes((entry.kind, entry.name, entry.plugin) for entry in registered)
 
     def of(kind: Kind) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def load_plugins(loose: Sequence[Path] = ()) -> Registry:
         fusions=of("fusion"),
         anatomies={family: anatomies[thing] for family, thing in of("anatomy").items()},
         providers={(entry.kind, entry.name): entry.plugin for entry in registered},
-        hook=hook,
+        manager=manager,
     )
 
 
@@ -92,7 +92,7 @@ def losses_called(name_or_file: str, loose: Sequence[Path] = ()) -> list[type[Lo
     return found
 
 
-def collect(plugins: Sequence[PluginSource]) -> tuple[pluggy.HookRelay, list[Registered]]:
+def collect(plugins: Sequence[PluginSource]) -> tuple[pluggy.PluginManager, list[Registered]]:
     """Import these plugins and let each register; clashes between them are not looked at."""
     manager = pluggy.PluginManager("kdzoo")
     modules = {plugin: _import(plugin) for plugin in plugins}
@@ -112,7 +112,7 @@ def collect(plugins: Sequence[PluginSource]) -> tuple[pluggy.HookRelay, list[Reg
                 contract.hook, [other for other in modules.values() if other is not module]
             )
             _call_guarded(ask_one, plugin, _registrar(kind, plugin, registered))
-    return manager.hook, registered
+    return manager, registered
 
 
 def _registrar(kind: Kind, plugin: PluginSource, registered: list[Registered]) -> Callable[[type], None]:

@@ -225,6 +225,8 @@ class Recipe(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     plugins: list[str] = Field(default_factory=list)
     """Loose plugin files, relative to the recipe."""
+    trackers: list[str] = Field(default_factory=list)
+    """Where steps are sent beside the run folder: `tensorboard`, `wandb`, `trackio`, or a plugin's."""
     student: ModelSource
     teacher: ModelSource
     data: Data

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from kdzoo.recipe.load import LoadedRecipe
 from kdzoo.run.card import write_model_card
 from kdzoo.run.export import save_trained
 from kdzoo.run.folder import RunFolder
+from kdzoo.run.followers import Followers
 from kdzoo.run.progress import StageProgress, print_scores, say, stage_progress
 from kdzoo.run.session import (
     Party,
@@ -72,7 +74,8 @@ def run_recipe(loaded: LoadedRecipe, out: Path | None) -> None:
             folder.write_environment(
                 {"ranks": world(), "device_of_rank_0": str(device), "data": run.data_fingerprints()}
             )
-        run.all_stages()
+        with run.followers.following(loaded.resolved) if folder is not None else nullcontext():
+            run.all_stages()
     except BaseException:
         if folder is not None:
             folder.discard_if_unused()
@@ -89,6 +92,7 @@ class Run:
         self.folder = folder
         self.path = path
         self.scores: dict[str, dict[str, ModelScores]] = {}
+        self.followers = Followers(session.registry.manager, loaded.recipe.trackers, path)
 
     def read_everything(self) -> None:
         """All rows, tokenised: what is wrong with the data is told before anything is trained."""
@@ -210,7 +214,7 @@ class Run:
     def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         if self.folder is not None:
             self.folder.log_step({"step": step, **metrics}, stage)
-            self.session.registry.hook.step_logged(step=step, metrics=metrics, folder=self.path)
+            self.followers.step_logged(step, metrics, stage)
 
     def say(self, text: str) -> None:
         say(text, enabled=rank() == 0)

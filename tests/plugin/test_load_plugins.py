@@ -11,7 +11,10 @@ from kdzoo.errors import PluginError
 from kdzoo.plugin.registry import load_plugins
 
 FIXTURES = Path(__file__).parent / "fixtures"
-HOOKS = "'register_losses', 'register_aligners', 'register_fusions', 'register_anatomies', 'step_logged'"
+HOOKS = (
+    "'register_losses', 'register_aligners', 'register_fusions', 'register_anatomies', 'run_started', 'step_logged', "
+    "'run_ended', 'tracker'"
+)
 
 
 def test_an_installed_plugin_registers_by_name(site):
@@ -33,7 +36,7 @@ def test_logged_steps_reach_every_plugin_that_listens(site, tmp_path):
     site.install("zoo-other", other="other")
 
     registry = load_plugins()
-    registry.hook.step_logged(step=3, metrics={"loss": 2.5}, folder=tmp_path)
+    registry.manager.hook.step_logged(step=3, metrics={"loss": 2.5}, stage="distill", folder=tmp_path)
 
     assert sys.modules["good"].LOGGED == [(3, {"loss": 2.5})]
 
@@ -62,7 +65,7 @@ BROKEN = {
     "not_there": "cannot be imported; ModuleNotFoundError: No module named 'not_there'",
     "raises_in_hook": ("'register_losses' failed; NameError: name 'Lots' is not defined (raises_in_hook.py:16)"),
     "misspelt_hook": "'register_loses' is no hook, did you mean 'register_losses'?",
-    "unlike_any_hook": f"'on_start' is no hook; hooks are {HOOKS}",
+    "unlike_any_hook": f"'before_all' is no hook; hooks are {HOOKS}",
     "unmarked": f"implements no hook; mark one with '@kdzoo.hookimpl', of {HOOKS}",
     "unknown_argument": "hook 'register_losses' has no argument 'config'; it has 'register'",
     "not_a_loss": "'register_losses' got 'Plain'; it takes subclasses of kdzoo.Loss",
