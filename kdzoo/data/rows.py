@@ -13,9 +13,7 @@ from kdzoo.data.place import existing_file, local_folder, one_line
 from kdzoo.data.sets import set_file
 from kdzoo.errors import DataError, did_you_mean
 from kdzoo.quiet import quiet_datasets
-from kdzoo.recipe.model import Fields, Source
-
-KINDS = ("lab", "set", "jsonl", "dataset")
+from kdzoo.recipe.model import ROW_SOURCES, Fields, Source
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,10 @@ def load_rows(source: Source, address: str) -> list[Row]:
 
     `address` is the source's place in the recipe (`data.train`); every `DataError` begins with it.
     """
-    given = [kind for kind in KINDS if getattr(source, kind) is not None]
+    given = [kind for kind in ROW_SOURCES if getattr(source, kind) is not None]
     if len(given) != 1:
         said = "none of them is there" if not given else f"'{given[0]}' and '{given[1]}' are both there"
-        known = ", ".join(f"'{kind}'" for kind in KINDS)
+        known = ", ".join(f"'{kind}'" for kind in ROW_SOURCES)
         raise DataError(f"{address}: rows come from one of {known}, but {said}; give one")
     if source.lab is not None:
         origin = f"lab '{source.lab}'"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from kdzoo.engine.config import zero_stage
@@ -26,7 +27,7 @@ def load_model(folder: Path, precision: str, config: dict[str, Any] | None, devi
     try:
         with quiet():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"model {folder}: cannot be loaded ({first}); it must be a Hugging Face folder") from error
     if partitioned:

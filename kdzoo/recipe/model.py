@@ -79,6 +79,9 @@ class Fields(Section):
     """A string, or a list of references (evaluation only)."""
 
 
+ROW_SOURCES = ("lab", "set", "jsonl", "dataset")
+
+
 class Source(Section):
     """Rows of instruction data: exactly one of `lab`, `set`, `jsonl`, `dataset`."""
 

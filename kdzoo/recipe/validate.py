@@ -11,9 +11,9 @@ from jsonschema import Draft202012Validator, ValidationError
 from kdzoo.errors import did_you_mean
 from kdzoo.plugin.json_schema import in_words, value_in_words
 from kdzoo.recipe.merge import Address, Merged, in_text
+from kdzoo.recipe.model import ROW_SOURCES
 
 MODEL_SOURCES = ("name", "gguf_file", "gguf_package", "config", "layers")
-ROW_SOURCES = ("lab", "jsonl", "dataset")
 COMPANIONS = {"revision": "name", "subset": "dataset", "split": "dataset"}
 """Keys that mean nothing without another."""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
+from pydantic import ValidationError
 from transformers import AutoConfig
 
 from kdzoo.data.encode import Encoder
@@ -103,7 +104,7 @@ def plan(asked: Asked) -> Plan:
 
 def _of_run(folder: Path) -> Plan:
     """The exported student with all that its recipe says."""
-    recipe = Recipe.model_validate_json((folder / "recipe.json").read_text(encoding="utf-8"))
+    recipe = _recipe_of(folder / "recipe.json")
     student = RunFolder(folder).student
     if not student.is_dir():
         raise KdzooError(f"{folder}: the run has left no student; let it end, or name a model's folder")
@@ -116,6 +117,19 @@ def _of_run(folder: Path) -> Plan:
             )
         source = recipe.student.model_copy(update={"lora": None, "adapter": Adapter(name=str(student), merge=False)})
     return Plan("student", source, recipe.precision, recipe.data, recipe.evaluation)
+
+
+def _recipe_of(file: Path) -> Recipe:
+    try:
+        return Recipe.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise KdzooError(f"{file}: cannot be read ({error.strerror}); name the run's 'student' folder") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        at = ".".join(map(str, first["loc"])) or "the file"
+        raise KdzooError(
+            f"{file}: {at}: {first['msg'].lower()}, so it is no recipe of a run; name the run's 'student' folder"
+        ) from error
 
 
 def _of_model(asked: Asked) -> Plan:

@@ -113,8 +113,9 @@ class RunFolder:
         return self._write_json("scores.json", scores)
 
     def predictions_of(self, set: str, model: str, decoding: str) -> Path:
-        """The file of a model's answers."""
-        return self.predictions / ".".join(quote(name, safe=" ") for name in (set, model, decoding, "jsonl"))
+        """The file of a model's answers. A set that is named by a path may begin with a dot: no file is hidden."""
+        name = ".".join(quote(name, safe=" ") for name in (set, model, decoding, "jsonl"))
+        return self.predictions / (f"%2E{name[1:]}" if name.startswith(".") else name)
 
     def write_predictions(self, set: str, model: str, decoding: str, answers: Iterable[Answer]) -> Path:
         """One JSON object per answer. Names are escaped as in a URL where a file name could not hold them."""

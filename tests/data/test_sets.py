@@ -10,7 +10,8 @@ import pytest
 
 from kdzoo.data.rows import load_rows
 from kdzoo.data.sets import SETS, set_file
-from kdzoo.errors import DataError
+from kdzoo.errors import DataError, RecipeError
+from kdzoo.recipe.load import load_recipe
 from kdzoo.recipe.model import Source
 
 ROW = {"instruction": "Say it.", "input": "", "output": ["It.", "That."]}
@@ -72,3 +73,13 @@ def test_real_rows_load_by_name(shared, monkeypatch, name):
     rows = load_rows(Source(set=name), "there")
     assert len(rows) >= 80
     assert all(row.references for row in rows)
+
+
+def test_a_recipe_names_a_set_where_it_names_rows(tmp_path):
+    recipe = Path(__file__).parents[2] / "recipes" / "sft.json"
+    sets = ['evaluation.sets={"vicuna": {"set": "vicuna"}}', 'data.held_out={"set": "dolly", "lab": null}']
+    loaded = load_recipe(recipe, sets=sets).recipe
+    assert loaded.evaluation.sets["vicuna"] == Source(set="vicuna")
+    assert loaded.data.held_out == Source(set="dolly")
+    with pytest.raises(RecipeError, match=r"'lab' .* and 'set' .* exclude each other"):
+        load_recipe(recipe, sets=['data.train.set="dolly"'])

@@ -229,11 +229,11 @@ CASES = {
     ),
     "no source of held-out rows": (
         {"data": {"held_out": {}}},
-        "data.held_out: needs one of 'lab', 'jsonl', 'dataset' (set by patch.json)",
+        "data.held_out: needs one of 'lab', 'set', 'jsonl', 'dataset' (set by patch.json)",
     ),
     "no source of a stage's rows": (
         {"stages": {"distill": {"data": {"limit": 3}}}},
-        "stages.distill.data: needs one of 'lab', 'jsonl', 'dataset' (set by patch.json)",
+        "stages.distill.data: needs one of 'lab', 'set', 'jsonl', 'dataset' (set by patch.json)",
     ),
     "a split of no hub data set": (
         {"evaluation": {"sets": {"dolly": {"jsonl": "x", "split": "test"}}}},

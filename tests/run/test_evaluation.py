@@ -9,14 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from kdzoo.data.encode import Encoder
 from kdzoo.data.tokenizer import load_tokenizer
-from kdzoo.errors import KdzooError
+from kdzoo.engine.loading import load_model
+from kdzoo.errors import KdzooError, ModelError
 from kdzoo.evaluate.generation import prompt_tokens
 from kdzoo.evaluate.vllm import VllmGenerator, require_vllm
 from kdzoo.recipe.model import Data, Decoding, Source
 from kdzoo.run.evaluation import Asked, plan
+from kdzoo.testing.tiny import save_tiny_model
 
 RECIPE: dict[str, Any] = {
     "title": "A run",
@@ -170,3 +173,28 @@ def test_vllm_is_refused_what_it_would_do_otherwise(vllm, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(KdzooError, match=r"the package is not there; pip install 'kdzoo\[vllm\]'"):
         require_vllm({"greedy": Decoding()})
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (
+            "{}",
+            r"^.*/recipe\.json: title: field required, so it is no recipe of a run; name the run's 'student' folder$",
+        ),
+        ("{", r"^.*/recipe\.json: the file: invalid json: .*, so it is no recipe of a run"),
+    ],
+)
+def test_a_run_whose_recipe_cannot_be_read_is_one_line(run, content, told):
+    (run / "recipe.json").write_text(content)
+    with pytest.raises(KdzooError, match=told):
+        plan(Asked(str(run)))
+
+
+def test_weights_that_cannot_be_read_are_one_line(tmp_path):
+    save_tiny_model(tmp_path, "gpt2", 20)
+    (tmp_path / "model.safetensors").write_bytes(b"not weights at all")
+    with pytest.raises(
+        ModelError, match=r"^model .*: cannot be loaded \(.*header.*\); it must be a Hugging Face folder$"
+    ):
+        load_model(tmp_path, "fp32", None, torch.device("cpu"))

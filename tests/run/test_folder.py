@@ -123,7 +123,7 @@ def test_predictions_are_one_object_per_answer(folder):
 def test_a_set_named_like_a_path_stays_in_the_folder(folder):
     path = folder.write_predictions("../a/b", "student", "greedy", [])
     assert path.parent == folder.predictions
-    assert path.name == "..%2Fa%2Fb.student.greedy.jsonl"
+    assert path.name == "%2E.%2Fa%2Fb.student.greedy.jsonl"
 
 
 def test_scores_are_valid_json(folder):
