@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kdzoo.plugin.contracts import Params as Params
     from kdzoo.plugin.contracts import RanksFirst as RanksFirst
     from kdzoo.plugin.contracts import Tokens as Tokens
+    from kdzoo.plugin.contracts import Tracker as Tracker
     from kdzoo.plugin.contracts import Visit as Visit
     from kdzoo.plugin.hooks import hookimpl as hookimpl
     from kdzoo.step import ops as ops
@@ -64,6 +65,7 @@ _HOMES = {
         "Params",
         "RanksFirst",
         "Tokens",
+        "Tracker",
         "Visit",
     ),
     "kdzoo.plugin.hooks": ("hookimpl",),

@@ -404,6 +404,7 @@ def _kinds(declared: Declarations) -> Iterator[tuple[str, dict[str, Declared]]]:
         "aligners": declared.aligners,
         "fusions": declared.fusions,
         "anatomies": declared.anatomies,
+        "trackers": declared.trackers,
     }
     yield from ((kind, plugins) for kind, plugins in kinds.items() if plugins)
 

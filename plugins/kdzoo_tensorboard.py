@@ -1,38 +1,34 @@
-"""TensorBoard: every metric of every step as a curve, `<stage>/<metric>`, in the run folder's `tensorboard/`."""
+"""TensorBoard: every metric of every step as a curve, in the run folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import kdzoo
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
-
-WRITERS: dict[Path, SummaryWriter] = {}
+from kdzoo import Tracker
 
 
-@kdzoo.hookimpl
-def tracker() -> str:
-    return "tensorboard"
+class TensorBoard(Tracker):
+    """Writes `<stage>/<metric>` into `tensorboard/` of the run folder: `tensorboard --logdir runs`."""
 
+    name = "tensorboard"
 
-@kdzoo.hookimpl
-def run_started(folder: Path, recipe: Mapping[str, Any]) -> None:
-    from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-    writer = WRITERS[folder] = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
-    writer.add_text("title", str(recipe["title"]))  # type: ignore[no-untyped-call]
+        self.writer: Any = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self.writer.add_text("title", str(recipe["title"]))
 
+    def step_logged(self, step: int, metrics: Mapping[str, float], stage: str) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(f"{stage}/{name}", value, step)
 
-@kdzoo.hookimpl
-def step_logged(step: int, metrics: Mapping[str, float], stage: str, folder: Path) -> None:
-    for name, value in metrics.items():
-        WRITERS[folder].add_scalar(f"{stage}/{name}", value, step)  # type: ignore[no-untyped-call]
+    def close(self) -> None:
+        self.writer.close()
 
 
 @kdzoo.hookimpl
-def run_ended(folder: Path) -> None:
-    WRITERS.pop(folder).close()  # type: ignore[no-untyped-call]
+def register_trackers(register: Callable[[type[Tracker]], None]) -> None:
+    register(TensorBoard)

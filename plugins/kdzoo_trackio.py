@@ -1,34 +1,33 @@
-"""Trackio: every metric of every step as `<stage>/<metric>`; the resolved recipe is the run's config."""
+"""Trackio: every metric of every step; the resolved recipe is the run's config."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import kdzoo
+from kdzoo import Tracker
 
-RUNS: dict[Path, Any] = {}
+
+class Trackio(Tracker):
+    """Keeps `<stage>/<metric>` in the project `kdzoo`: `trackio show`. An extra: `pip install 'kdzoo[trackio]'`."""
+
+    name = "trackio"
+
+    def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
+        import trackio
+
+        self.run = trackio.init(project="kdzoo", name=folder.name, config=dict(recipe))
+
+    def step_logged(self, step: int, metrics: Mapping[str, float], stage: str) -> None:
+        # Without a step of its own: one count goes over all stages, which each begin with 1.
+        self.run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in metrics.items()}})
+
+    def close(self) -> None:
+        self.run.finish()
 
 
 @kdzoo.hookimpl
-def tracker() -> str:
-    return "trackio"
-
-
-@kdzoo.hookimpl
-def run_started(folder: Path, recipe: Mapping[str, Any]) -> None:
-    import trackio
-
-    RUNS[folder] = trackio.init(project="kdzoo", name=folder.name, config=dict(recipe))
-
-
-@kdzoo.hookimpl
-def step_logged(step: int, metrics: Mapping[str, float], stage: str, folder: Path) -> None:
-    # A step of its own per stage: each begins with 1.
-    RUNS[folder].log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in metrics.items()}})
-
-
-@kdzoo.hookimpl
-def run_ended(folder: Path) -> None:
-    RUNS.pop(folder).finish()
+def register_trackers(register: Callable[[type[Tracker]], None]) -> None:
+    register(Trackio)

@@ -10,14 +10,12 @@ from typing import Any
 
 from kdzoo.compare import ledger
 from kdzoo.compare.suite import Cell
-from kdzoo.evaluate import ModelScores, Scores
+from kdzoo.evaluate import COPY, STUDENT, ModelScores, Scores
 from kdzoo.run.folder import RunFolder
 
 POINTS = 20
 """Of a curve; each is the mean over the steps since the one before."""
 
-STUDENT = "student"
-COPY = "copy of the input"
 ELSEWHERE = ("command", "git")
 """Of the environment: what says where somebody works."""
 

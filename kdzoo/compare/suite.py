@@ -226,10 +226,12 @@ def _check_apart(cells: Sequence[Cell]) -> None:
     first: dict[str, Cell] = {}
     faults = []
     for cell in cells:
+        if cell.seed != cells[0].seed:
+            continue
         same = first.setdefault(cell.key, cell)
         if same is not cell:
             faults.append(
-                f"{cell.loaded.path} on '{cell.pair}': is the same run as '{same.name}'; what sets them apart is "
+                f"{cell.loaded.path} on '{cell.pair}': is the same run as '{same.recipe}'; what sets them apart is "
                 "overridden by the pair, the suite's 'patch' or '--set'"
             )
     if faults:

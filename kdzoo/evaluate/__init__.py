@@ -35,5 +35,11 @@ class ModelScores(TypedDict):
     by_verdict: NotRequired[ByVerdict]
 
 
+HELD_OUT = "held out"
+"""What scores call the rows of `data.held_out`, beside the evaluation sets."""
+
+STUDENT, COPY = "student", "copy of the input"
+"""What scores call the trained student, and an answer that repeats the input."""
+
 Scores = Mapping[str, Mapping[str, ModelScores]]
 """Evaluation set -> model (`teacher`, `untrained`, `sft`, `student`, ...) -> its scores, as shown."""

@@ -1,10 +1,11 @@
-"""What a plugin author writes: a loss, an aligner, a fusion, an anatomy. Plain torch, nothing of DeepSpeed."""
+"""What a plugin author writes: a loss, an aligner, a fusion, an anatomy, a tracker. Nothing of DeepSpeed."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -301,6 +302,27 @@ class Fusion(ABC):
     def watch(self, experts: Experts) -> Mapping[str, Tensor]:
         """Values per row [n] whose means are logged as `fuse.<slot>/<name>`."""
         return {}
+
+
+class Tracker(ABC):
+    """Sends the steps of one run somewhere. Made on the first rank before anything is trained, where a recipe's
+    `trackers` names it; what it raises then ends the run, an ImportError as the extra that has to be installed.
+    Later it is told once, and the tracker left out: hours of training are worth more than its curves."""
+
+    name: ClassVar[str]
+    Params: ClassVar[type[Params]] = NoParams
+
+    @abstractmethod
+    def __init__(self, folder: Path, recipe: Mapping[str, Any]) -> None:
+        """Of the run in `folder`, with its resolved recipe."""
+
+    @abstractmethod
+    def step_logged(self, step: int, metrics: Mapping[str, float], stage: str) -> None:
+        """What the log got after an optimizer step; every stage counts from 1."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """The run is over, well or not."""
 
 
 class Anatomy(ABC):

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Declared:
-    """One loss, aligner or fusion, or one model family of an anatomy."""
+    """One loss, aligner, fusion or tracker, or one model family of an anatomy."""
 
     kind: Kind
     name: str
@@ -52,6 +52,7 @@ class Declarations:
     aligners: dict[str, Declared]
     fusions: dict[str, Declared]
     anatomies: dict[str, Declared]
+    trackers: dict[str, Declared]
 
 
 def declarations(loose: Sequence[Path] = ()) -> Declarations:
@@ -68,7 +69,7 @@ def declarations(loose: Sequence[Path] = ()) -> Declarations:
     def of(kind: Kind) -> dict[str, Declared]:
         return {entry.name: entry for entry, _ in everything if entry.kind == kind}
 
-    return Declarations(of("loss"), of("aligner"), of("fusion"), of("anatomy"))
+    return Declarations(of("loss"), of("aligner"), of("fusion"), of("anatomy"), of("tracker"))
 
 
 def _imported(plugins: Sequence[PluginSource]) -> list[list[Declared]]:

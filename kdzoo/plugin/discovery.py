@@ -15,7 +15,7 @@ from typing import Literal
 
 from kdzoo.errors import PluginError
 
-Kind = Literal["loss", "aligner", "fusion", "anatomy"]
+Kind = Literal["loss", "aligner", "fusion", "anatomy", "tracker"]
 
 
 @dataclass(frozen=True)

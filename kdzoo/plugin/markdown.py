@@ -26,6 +26,7 @@ def page(declared: Declarations) -> str:
         *_losses(list(declared.losses.values())),
         *_others("Aligners", "Which tokens of two tokenizers belong together: `align` in a recipe.", declared.aligners),
         *_others("Fusions", "What a block of experts of the teacher is read as: `fuse` in a recipe.", declared.fusions),
+        *_others("Trackers", "Where the steps of a run are sent: `trackers` in a recipe.", declared.trackers),
         *_anatomies(list(declared.anatomies.values())),
     ]
     return "\n\n".join(blocks) + "\n"

@@ -15,7 +15,7 @@ import pluggy
 
 from kdzoo.errors import PluginError, did_you_mean
 from kdzoo.plugin import hooks
-from kdzoo.plugin.contracts import Aligner, Anatomy, Fusion, FusionParams, Loss, Params
+from kdzoo.plugin.contracts import Aligner, Anatomy, Fusion, FusionParams, Loss, Params, Tracker
 from kdzoo.plugin.discovery import Kind, PluginSource, find_plugins, refuse_clashes
 
 
@@ -32,6 +32,7 @@ CONTRACTS: Mapping[Kind, Contract] = {
     "aligner": Contract("register_aligners", Aligner, ("name",)),
     "fusion": Contract("register_fusions", Fusion, ("name",)),
     "anatomy": Contract("register_anatomies", Anatomy, ()),
+    "tracker": Contract("register_trackers", Tracker, ("name",)),
 }
 
 
@@ -54,13 +55,14 @@ class Registry:
     anatomies: dict[str, Anatomy]
     providers: dict[tuple[Kind, str], PluginSource]
     """Which plugin registered what."""
-    manager: pluggy.PluginManager
-    """For the hooks that follow a run."""
+    trackers: dict[str, type[Tracker]]
+    hook: pluggy.HookRelay
+    """For `hook.step_logged(step=..., metrics=..., stage=..., folder=...)`."""
 
 
 def load_plugins(loose: Sequence[Path] = ()) -> Registry:
     """Import every installed plugin and every loose file. Raises `PluginError` at the first fault."""
-    manager, registered = collect(find_plugins(loose))
+    hook, registered = collect(find_plugins(loose))
     refuse_clashes((entry.kind, entry.name, entry.plugin) for entry in registered)
 
     def of(kind: Kind) -> dict[str, Any]:
@@ -73,7 +75,8 @@ def load_plugins(loose: Sequence[Path] = ()) -> Registry:
         fusions=of("fusion"),
         anatomies={family: anatomies[thing] for family, thing in of("anatomy").items()},
         providers={(entry.kind, entry.name): entry.plugin for entry in registered},
-        manager=manager,
+        trackers=of("tracker"),
+        hook=hook,
     )
 
 
@@ -92,7 +95,7 @@ def losses_called(name_or_file: str, loose: Sequence[Path] = ()) -> list[type[Lo
     return found
 
 
-def collect(plugins: Sequence[PluginSource]) -> tuple[pluggy.PluginManager, list[Registered]]:
+def collect(plugins: Sequence[PluginSource]) -> tuple[pluggy.HookRelay, list[Registered]]:
     """Import these plugins and let each register; clashes between them are not looked at."""
     manager = pluggy.PluginManager("kdzoo")
     modules = {plugin: _import(plugin) for plugin in plugins}
@@ -112,7 +115,7 @@ def collect(plugins: Sequence[PluginSource]) -> tuple[pluggy.PluginManager, list
                 contract.hook, [other for other in modules.values() if other is not module]
             )
             _call_guarded(ask_one, plugin, _registrar(kind, plugin, registered))
-    return manager, registered
+    return manager.hook, registered
 
 
 def _registrar(kind: Kind, plugin: PluginSource, registered: list[Registered]) -> Callable[[type], None]:

@@ -24,6 +24,7 @@ def recipe_schema(declared: Declarations, whole: bool = False) -> Schema:
     definitions["FusionSlot"] = definitions.pop("Plugged")
     root["properties"]["align"]["$ref"] = "#/$defs/AlignerSlot"
     root["properties"]["fuse"]["additionalProperties"]["$ref"] = "#/$defs/FusionSlot"
+    root["properties"]["trackers"]["items"] = {"enum": sorted(declared.trackers)}
     definitions |= _params(declared.losses) | _params(declared.aligners) | _params(declared.fusions)
 
     definitions = {name: _as_patch(definition, whole) for name, definition in definitions.items()}

@@ -10,11 +10,9 @@ import numpy as np
 
 from kdzoo.compare.ledger import Answers, Cell, Compared, Gold, Ledger, Model, PairLedger
 from kdzoo.errors import KdzooError
+from kdzoo.evaluate import HELD_OUT
 from kdzoo.report.published import Published
 from kdzoo.report.statistics import Difference, Floats, Interval, deviation, difference, holm, mean_interval
-
-HELD_OUT = "held out"
-"""The rows that no stage trains on, among the sets whose gold responses a student reads."""
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from kdzoo.models.source import LocalModel, resolve_model
 from kdzoo.plugin.registry import load_plugins
 from kdzoo.recipe.model import Adapter, Data, Decoding, Evaluation, ModelSource, Recipe, Source, Template
 from kdzoo.run.folder import RunFolder
-from kdzoo.run.progress import print_scores, say, stage_progress
-from kdzoo.run.recipe_run import advance
+from kdzoo.run.progress import print_scores, say
 from kdzoo.run.session import rows_fingerprint
+from kdzoo.run.sets import Score, Sets, score_sets
 
 PROTOCOL = {
     "greedy": Decoding(),
@@ -219,6 +219,7 @@ class EvaluationTask:
     def __call__(self) -> None:
         device = distributed.start()
         planned = plan(self.asked)
+        folder = _folder(self.asked) if rank() == 0 else None
         registry = load_plugins(self.asked.plugins)
         with rank_0_first():
             model = resolve_model(
@@ -233,8 +234,8 @@ class EvaluationTask:
                 model.folder, registry.anatomies, planned.precision, config, device, adapter=model.adapter
             )
 
-            def score(rows: Sequence[Row], address: str, on_done: OnDone) -> Scored:
-                return score_model(frozen, encoder, rows, evaluation, address, on_done)
+            def score(name: str, rows: Sequence[Row], on_done: Callable[[int], None]) -> Scored:
+                return score_model(frozen, encoder, rows, evaluation, f"--on {name}", on_done)
 
         else:
             say(f"no anatomy knows the family '{family}': cross-entropy is not read", enabled=rank() == 0)
@@ -243,12 +244,12 @@ class EvaluationTask:
 
             score = partial(_answers_alone, generator, encoder, evaluation.decoding)
 
-        _score_all(self.asked, planned, rows, score)
+        _score_all(self.asked, planned, rows, folder, score)
 
 
 def evaluate_with_vllm(asked: Asked, gpus: int) -> None:
     """In this process; vLLM starts its own."""
-    planned = plan(asked)
+    planned, folder = plan(asked), _folder(asked)
     require_vllm(planned.evaluation.decoding)
     anatomies = load_plugins(asked.plugins).anatomies
     model = resolve_model(planned.source, "student", teacher_folder=None, anatomies=anatomies, address="model")
@@ -258,7 +259,13 @@ def evaluate_with_vllm(asked: Asked, gpus: int) -> None:
     generator = VllmGenerator(model.folder, encoder, planned.evaluation.max_new_tokens, planned.precision, gpus)
     say("vLLM generates: cross-entropy is not read")
 
-    _score_all(asked, planned, rows, partial(_answers_alone, generator, encoder, planned.evaluation.decoding))
+    score = partial(_answers_alone, generator, encoder, planned.evaluation.decoding)
+    _score_all(asked, planned, rows, folder, score)
+
+
+def _folder(asked: Asked) -> RunFolder | None:
+    """Before anything is loaded: hours must not end at a folder that is taken."""
+    return None if asked.out is None else RunFolder.create("evaluation", asked.out)
 
 
 def _opened(planned: Plan, model: LocalModel) -> tuple[Encoder, dict[str, list[Row]]]:
@@ -270,37 +277,25 @@ def _opened(planned: Plan, model: LocalModel) -> tuple[Encoder, dict[str, list[R
     return encoder, rows
 
 
-OnDone = Callable[[int], None]
-Score = Callable[[Sequence[Row], str, OnDone], Scored]
-"""A model on rows of a set; the text names the set in errors."""
-
-
 def _answers_alone(
     generator: Generate,
     encoder: Encoder,
     decodings: Mapping[str, Decoding],
-    rows: Sequence[Row],
     _: str,
-    on_done: OnDone,
+    rows: Sequence[Row],
+    on_done: Callable[[int], None],
 ) -> Scored:
     rouge, answers = score_answers(generator, encoder, rows, decodings, on_done)
     return Scored(ModelScores(rouge_l=rouge, cross_entropy=None, token_accuracy=None), answers)
 
 
-def _score_all(asked: Asked, planned: Plan, rows: Mapping[str, list[Row]], score: Score) -> None:
-    folder = RunFolder.create(f"evaluation of {planned.name}", asked.out) if asked.out and rank() == 0 else None
-    runs = sum(len(d.seeds) if d.sample else 1 for d in planned.evaluation.decoding.values())
-    shares = {name: -(-len(found) // world()) for name, found in rows.items()}
+def _score_all(asked: Asked, planned: Plan, rows: Sets, folder: RunFolder | None, score: Score) -> None:
     scores: dict[str, dict[str, ModelScores]] = {}
-    with stage_progress("evaluate", runs * sum(shares.values()), enabled=rank() == 0) as bar:
-        before = 0
-        for name, found in rows.items():
-            scored = score(found, f"--on {name}", partial(advance, bar, before))
-            before += runs * shares[name]
-            scores[name] = {planned.name: scored.scores}
-            if folder is not None:
-                for decoding, answers in scored.answers.items():
-                    folder.write_predictions(name, planned.name, decoding, answers)
+    for name, scored in score_sets("evaluate", rows, planned.evaluation.decoding, score):
+        scores[name] = {planned.name: scored.scores}
+        if folder is not None:
+            for decoding, answers in scored.answers.items():
+                folder.write_predictions(name, planned.name, decoding, answers)
     if rank() == 0:
         told = {**planned.told(), "data": {name: rows_fingerprint(found) for name, found in rows.items()}}
         if folder is not None:

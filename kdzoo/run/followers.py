@@ -1,69 +1,66 @@
-"""Plugins that follow a run: those that always do, and the trackers that its recipe names."""
+"""Who hears of a run's steps beside its log: plugins that always do, and the trackers that its recipe names."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pluggy
-
-from kdzoo.errors import KdzooError, RecipeError, did_you_mean
+from kdzoo.errors import KdzooError
+from kdzoo.plugin.contracts import Tracker
+from kdzoo.plugin.registry import Registry
+from kdzoo.recipe.load import LoadedRecipe
 from kdzoo.run.progress import say
 
 
 class Followers:
-    """Of the run in `folder`. Made on every rank, so that a wrong name ends all; called on the first alone."""
+    """Of the run in `folder`, on the first rank."""
 
-    def __init__(self, manager: pluggy.PluginManager, wanted: Sequence[str], folder: Path) -> None:
-        known: dict[str, object] = {str(each.function()): each.plugin for each in manager.hook.tracker.get_hookimpls()}
-        for name in wanted:
-            if name not in known:
-                raise RecipeError(
-                    f"trackers: '{name}' is none of {', '.join(sorted(known))}{did_you_mean(name, known)}; name one, "
-                    "or install its plugin"
-                )
-        self.manager = manager
+    def __init__(self, registry: Registry, folder: Path) -> None:
+        self.registry = registry
         self.folder = folder
-        self.trackers = {name: known[name] for name in wanted}
-        self.others = [plugin for plugin in manager.get_plugins() if plugin not in known.values()]
+        self.trackers: dict[str, Tracker] = {}
 
     @contextmanager
-    def following(self, recipe: Mapping[str, Any]) -> Iterator[None]:
-        """From the run's start to its end, whatever ends it."""
-        self._call_others("run_started", recipe=recipe)
-        for name, plugin in self.trackers.items():
-            try:
-                self._call([plugin], "run_started", recipe=recipe)
-            except ImportError as error:
-                raise KdzooError(
-                    f"trackers: '{name}' needs the package '{error.name}', which is not there; "
-                    f"pip install 'kdzoo[{name}]', or leave it out"
-                ) from error
+    def following(self, loaded: LoadedRecipe) -> Iterator[None]:
+        """From before the first step to the run's end, whatever ends it. Raises KdzooError: no package, no login."""
         try:
+            for name in dict.fromkeys(loaded.recipe.trackers):
+                self.trackers[name] = self._made(name, loaded.resolved)
             yield
         finally:
-            self._tell_trackers("run_ended")
-            self._call_others("run_ended")
+            for name, tracker in list(self.trackers.items()):
+                with self._left_out_if_it_fails(name):
+                    tracker.close()
+
+    def _made(self, name: str, recipe: Mapping[str, Any]) -> Tracker:
+        try:
+            return self.registry.trackers[name](self.folder, recipe)
+        except ImportError as error:
+            raise KdzooError(
+                f"trackers: '{name}' needs the package '{error.name}', which is not there; "
+                f"pip install 'kdzoo[{name}]', or leave it out"
+            ) from error
+        except Exception as error:  # each library has its own: no login, no network, no place to write
+            raise KdzooError(
+                f"trackers: '{name}' cannot start ({_one_line(error)}); mend it, or leave it out"
+            ) from error
 
     def step_logged(self, step: int, metrics: Mapping[str, float], stage: str) -> None:
-        self._call_others("step_logged", step=step, metrics=metrics, stage=stage)
-        self._tell_trackers("step_logged", step=step, metrics=metrics, stage=stage)
+        self.registry.hook.step_logged(step=step, metrics=metrics, stage=stage, folder=self.folder)
+        for name, tracker in list(self.trackers.items()):
+            with self._left_out_if_it_fails(name):
+                tracker.step_logged(step, metrics, stage)
 
-    def _tell_trackers(self, hook: str, **told: Any) -> None:
-        """A tracker that fails is left out from then on: hours of training are worth more than its curves."""
-        for name, plugin in list(self.trackers.items()):
-            try:
-                self._call([plugin], hook, **told)
-            except Exception as error:
-                del self.trackers[name]
-                first = (str(error).splitlines() or [""])[0]
-                say(f"warning: the tracker '{name}' failed and hears no more ({type(error).__name__}: {first})")
+    @contextmanager
+    def _left_out_if_it_fails(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            del self.trackers[name]
+            say(f"warning: the tracker '{name}' failed and hears no more ({_one_line(error)})")
 
-    def _call_others(self, hook: str, **told: Any) -> None:
-        self._call(self.others, hook, **told)
 
-    def _call(self, plugins: Sequence[object], hook: str, **told: Any) -> None:
-        unasked = [plugin for plugin in self.manager.get_plugins() if plugin not in plugins]
-        self.manager.subset_hook_caller(hook, unasked)(folder=self.folder, **told)
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -20,7 +20,7 @@ from kdzoo.engine.close import release
 from kdzoo.engine.distributed import barrier, from_rank_0, rank, world
 from kdzoo.engine.frozen import FrozenModel
 from kdzoo.errors import ModelError
-from kdzoo.evaluate import ModelScores
+from kdzoo.evaluate import COPY, HELD_OUT, ModelScores
 from kdzoo.evaluate.scoring import Answer, Scored, copied_input, read_gold, score_model
 from kdzoo.evaluate.verdict import read_beside_teacher
 from kdzoo.plugin.registry import load_plugins
@@ -29,7 +29,7 @@ from kdzoo.run.card import write_model_card
 from kdzoo.run.export import save_trained
 from kdzoo.run.folder import RunFolder
 from kdzoo.run.followers import Followers
-from kdzoo.run.progress import StageProgress, print_scores, say, stage_progress
+from kdzoo.run.progress import print_scores, say
 from kdzoo.run.session import (
     Party,
     Session,
@@ -42,6 +42,7 @@ from kdzoo.run.session import (
     shared_entries,
     sizes,
 )
+from kdzoo.run.sets import Sets, score_sets
 from kdzoo.run.stages import (
     LOOKED_AT,
     Ground,
@@ -53,11 +54,6 @@ from kdzoo.run.stages import (
     stage_losses,
     train_stage,
 )
-
-Sets = Mapping[str, Sequence[Row]]
-
-HELD_OUT = "held out"
-"""What the table of scores calls the rows of `data.held_out`."""
 
 
 def run_recipe(loaded: LoadedRecipe, out: Path | None) -> None:
@@ -74,7 +70,7 @@ def run_recipe(loaded: LoadedRecipe, out: Path | None) -> None:
             folder.write_environment(
                 {"ranks": world(), "device_of_rank_0": str(device), "data": run.data_fingerprints()}
             )
-        with run.followers.following(loaded.resolved) if folder is not None else nullcontext():
+        with run.followers.following(loaded) if folder is not None else nullcontext():
             run.all_stages()
     except BaseException:
         if folder is not None:
@@ -92,7 +88,7 @@ class Run:
         self.folder = folder
         self.path = path
         self.scores: dict[str, dict[str, ModelScores]] = {}
-        self.followers = Followers(session.registry.manager, loaded.recipe.trackers, path)
+        self.followers = Followers(session.registry, path)
 
     def read_everything(self) -> None:
         """All rows, tokenised: what is wrong with the data is told before anything is trained."""
@@ -142,7 +138,7 @@ class Run:
         self.distill(teacher, teacher_key, untrained, sft)
 
         for name, found in self.sets.items():
-            self.keep(name, "copy of the input", copied_input(found, self.recipe.evaluation.decoding))
+            self.keep(name, COPY, copied_input(found, self.recipe.evaluation.decoding))
         self.evaluate("teacher", teacher, session.teacher, teacher_key)
         self.evaluate("untrained student", Weights(untrained), session.student, session.student.model.fingerprint)
         if sft is not None:
@@ -293,26 +289,24 @@ class Run:
                 self.keep(set_name, name, Scored(found["scores"], answers))
             else:
                 missing.append(set_name)
-        if not missing:
-            return
+        if missing:
+            self.generate_and_read(name, weights, party, key, {set_name: self.sets[set_name] for set_name in missing})
+            release()
+            barrier()
+
+    def generate_and_read(self, name: str, weights: Weights, party: Party, key: str | None, sets: Sets) -> None:
+        """Loads the model; when this returns, nothing holds it."""
         evaluation = self.recipe.evaluation
-        runs = sum(len(d.seeds) if d.sample else 1 for d in evaluation.decoding.values())
-        total = runs * sum(-(-len(self.sets[set_name]) // world()) for set_name in missing)
         model = open_frozen(self.session, weights, always_sharded=False)
-        with stage_progress(f"evaluate {name}", total, enabled=rank() == 0) as bar:
-            before = 0
-            for set_name in missing:
-                rows = self.sets[set_name]
-                address = f"evaluation.sets.{set_name}"
-                scored = score_model(model, party.encoder, rows, evaluation, address, partial(advance, bar, before))
-                before += runs * -(-len(rows) // world())
-                self.keep(set_name, name, scored)
-                if key is not None and rank() == 0:
-                    keep_scored(self.score_key(rows, party, key), scored)
+
+        def score(set_name: str, rows: Sequence[Row], on_done: Callable[[int], None]) -> Scored:
+            return score_model(model, party.encoder, rows, evaluation, f"evaluation.sets.{set_name}", on_done)
+
+        for set_name, scored in score_sets(f"evaluate {name}", sets, evaluation.decoding, score):
+            self.keep(set_name, name, scored)
+            if key is not None and rank() == 0:
+                keep_scored(self.score_key(sets[set_name], party, key), scored)
         model.close()
-        del model
-        release()
-        barrier()
 
     def score_key(self, rows: Sequence[Row], party: Party, key: str | None) -> dict[str, Any]:
         """What the scores of a model on a set depend on."""
@@ -367,8 +361,3 @@ def keep_scored(content: Mapping[str, Any], scored: Scored) -> None:
         (out / "scored.json").write_text(text, encoding="utf-8")
 
     cached_folder("scores", content, build)
-
-
-def advance(bar: StageProgress, before: int, done: int) -> None:
-    """`done` more than there were `before`."""
-    bar.update(before + done)

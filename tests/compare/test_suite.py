@@ -106,7 +106,7 @@ def test_a_fault_is_a_line(suite, keys, told):
 def test_two_names_for_one_run_are_refused(suite, write):
     """As when a pair sets the key that an ablation is about: its table would show a difference of nothing."""
     write("again.json", {"extends": "kl.json", "title": "Another title"})
-    with pytest.raises(RecipeError, match=r"^again\.json on 'tiny': is the same run as 'kl-1'; what sets them apart"):
+    with pytest.raises(RecipeError, match=r"^again\.json on 'tiny': is the same run as 'kl'; what sets them apart"):
         load_suite(change(suite, recipes=["../kl.json", "../again.json"]))
 
 

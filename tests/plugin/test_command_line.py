@@ -123,7 +123,7 @@ def test_list_prints_json_for_programs(recipe, capsys):
     assert main(["list", "--json"]) == 0
     declared = json.loads(capsys.readouterr().out)
     assert declared["losses"]["shift"]["formula"] == "s + t"
-    assert declared.keys() == {"losses", "aligners", "fusions", "anatomies"}
+    assert declared.keys() == {"losses", "aligners", "fusions", "anatomies", "trackers"}
 
 
 def test_a_loose_plugin_is_listed_and_used(recipe, capsys):

@@ -12,8 +12,8 @@ from kdzoo.plugin.registry import load_plugins
 
 FIXTURES = Path(__file__).parent / "fixtures"
 HOOKS = (
-    "'register_losses', 'register_aligners', 'register_fusions', 'register_anatomies', 'run_started', 'step_logged', "
-    "'run_ended', 'tracker'"
+    "'register_losses', 'register_aligners', 'register_fusions', 'register_anatomies', 'register_trackers', "
+    "'step_logged'"
 )
 
 
@@ -36,7 +36,7 @@ def test_logged_steps_reach_every_plugin_that_listens(site, tmp_path):
     site.install("zoo-other", other="other")
 
     registry = load_plugins()
-    registry.manager.hook.step_logged(step=3, metrics={"loss": 2.5}, stage="distill", folder=tmp_path)
+    registry.hook.step_logged(step=3, metrics={"loss": 2.5}, stage="distill", folder=tmp_path)
 
     assert sys.modules["good"].LOGGED == [(3, {"loss": 2.5})]
 

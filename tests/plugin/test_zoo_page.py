@@ -36,7 +36,7 @@ def declare(name: str, **changes: object) -> Declared:
 
 
 def rendered(*losses: Declared) -> str:
-    return page(Declarations({loss.name: loss for loss in losses}, {}, {}, {}))
+    return page(Declarations({loss.name: loss for loss in losses}, {}, {}, {}, {}))
 
 
 def test_the_committed_page_is_the_generated_one():

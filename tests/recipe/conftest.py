@@ -48,6 +48,7 @@ def declared() -> Declarations:
         aligners={"by_bytes": declare("aligner", "by_bytes")},
         fusions={"mean": declare("fusion", "mean", NeedyParams)},
         anatomies={},
+        trackers={"curves": declare("tracker", "curves")},
     )
 
 

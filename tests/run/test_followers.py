@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pluggy
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kdzoo import Tracker
 from kdzoo.errors import KdzooError, RecipeError
-from kdzoo.plugin import hooks
-from kdzoo.plugin.registry import load_plugins
+from kdzoo.plugin.registry import Registry, load_plugins
+from kdzoo.recipe.load import load_recipe
 from kdzoo.run.followers import Followers
 
-RECIPE = {"title": "A run", "stages": {"teacher": {}, "distill": {}}}
+SFT = Path(__file__).parents[2] / "recipes" / "sft.json"
+RECIPE = load_recipe(SFT)
 METRICS = {"loss": 2.5, "sft/cross_entropy": 1.25}
 
 
-def follow(folder: Path, *wanted: str, manager: pluggy.PluginManager | None = None) -> None:
-    followers = Followers(manager or load_plugins().manager, wanted, folder)
-    with followers.following(RECIPE):
+def follow(folder: Path, *wanted: str, registry: Registry | None = None) -> None:
+    """A run of three steps whose recipe names these trackers."""
+    recipe = RECIPE.recipe.model_copy(update={"trackers": list(wanted)})
+    followers = Followers(registry or load_plugins(), folder)
+    with followers.following(replace(RECIPE, recipe=recipe)):
         for step in (1, 2):
             followers.step_logged(step, {**METRICS, "loss": METRICS["loss"] / step}, "distill")
         followers.step_logged(1, METRICS, "teacher")
@@ -69,7 +73,7 @@ def test_the_extras_are_told_the_recipe_the_steps_and_the_end(monkeypatch, tmp_p
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=sent.init))
     follow(tmp_path / "a-run", name)
     first, *rest = sent.calls
-    assert (first["project"], first["name"], first["config"]) == ("kdzoo", "a-run", RECIPE)
+    assert (first["project"], first["name"], first["config"]) == ("kdzoo", "a-run", RECIPE.resolved)
     steps = [call for call in rest if isinstance(call, dict)]
     assert steps[1] == {"distill/step": 2, "distill/loss": 1.25, "distill/sft/cross_entropy": 1.25}
     assert steps[2]["teacher/step"] == 1
@@ -83,58 +87,59 @@ def test_a_missing_extra_ends_the_run_before_it_starts(monkeypatch, tmp_path, na
         follow(tmp_path, name)
 
 
-def test_a_wrong_name_is_told_with_the_right_ones(tmp_path):
-    with pytest.raises(RecipeError, match=r"^trackers: 'wandbb' is none of tensorboard, trackio, wandb, did you mean"):
-        follow(tmp_path, "wandbb")
+def test_a_library_that_refuses_ends_the_run_before_it_starts_in_one_line(monkeypatch, tmp_path):
+    def refuse(**_: Any) -> None:
+        raise ValueError("no login\nmany lines more")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=refuse))
+    with pytest.raises(
+        KdzooError, match=r"^trackers: 'wandb' cannot start \(ValueError: no login\); mend it, or leave"
+    ):
+        follow(tmp_path, "wandb")
 
 
-class Plugin:
-    """One that follows every run, or a tracker with a name that fails at its second step."""
+def test_a_wrong_name_is_told_by_the_recipe(tmp_path):
+    with pytest.raises(RecipeError, match=r"trackers\[0\]: 'wandbb' is not .*, did you mean 'wandb'\?"):
+        load_recipe(SFT, sets=['trackers=["wandbb"]'])
 
-    def __init__(self) -> None:
-        self.heard: list[Any] = []
 
-    @hooks.hookimpl
-    def step_logged(self, step: int) -> None:
+class Broken(Tracker):
+    """Fails at its second step."""
+
+    name = "broken"
+    heard: list[Any]
+
+    def __init__(self, folder: Path, recipe: Any) -> None:
+        Broken.heard = []
+
+    def step_logged(self, step: int, metrics: Any, stage: str) -> None:
         self.heard.append(step)
-
-    @hooks.hookimpl
-    def run_ended(self) -> None:
-        self.heard.append("ended")
-
-
-class Broken(Plugin):
-    @hooks.hookimpl
-    def tracker(self) -> str:
-        return "broken"
-
-    @hooks.hookimpl
-    def step_logged(self, step: int) -> None:
-        super().step_logged(step)
         if step == 2:
             raise OSError("no route to host")
 
-
-def managed(*plugins: Plugin) -> pluggy.PluginManager:
-    manager = pluggy.PluginManager("kdzoo")
-    manager.add_hookspecs(hooks)
-    for plugin in plugins:
-        manager.register(plugin)
-    return manager
+    def close(self) -> None:
+        self.heard.append("closed")
 
 
-def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(tmp_path, capfd):
-    other, broken = Plugin(), Broken()
-    follow(tmp_path, "broken", manager=managed(other, broken))
-    assert broken.heard == [1, 2]
-    assert other.heard == [1, 2, 1, "ended"]
-    told = capfd.readouterr().err
-    assert told.count("the tracker 'broken' failed and hears no more (OSError: no route to host)") == 1
+@pytest.fixture
+def registry() -> Registry:
+    return replace(load_plugins(), trackers={**load_plugins().trackers, "broken": Broken})
 
 
-def test_trackers_hear_of_the_end_of_a_run_that_fails(tmp_path):
-    broken = Broken()
-    followers = Followers(managed(broken), ["broken"], tmp_path)
-    with pytest.raises(ZeroDivisionError), followers.following(RECIPE):
+def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(registry, tmp_path, capfd):
+    follow(tmp_path, "broken", "tensorboard", registry=registry)
+    assert Broken.heard == [1, 2]
+    assert (
+        capfd.readouterr().err.count("the tracker 'broken' failed and hears no more (OSError: no route to host)") == 1
+    )
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("wanted", [["broken"], ["broken", "wandb"]])
+def test_a_tracker_is_closed_where_the_run_or_another_tracker_fails(registry, monkeypatch, tmp_path, wanted):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    followers = Followers(registry, tmp_path)
+    loaded = replace(RECIPE, recipe=RECIPE.recipe.model_copy(update={"trackers": wanted}))
+    with pytest.raises((ZeroDivisionError, KdzooError)), followers.following(loaded):
         raise ZeroDivisionError
-    assert broken.heard == ["ended"]
+    assert Broken.heard == ["closed"]
