@@ -27,6 +27,8 @@ def compose(title: str, made_from: list[str], findings: Sequence[Findings], publ
             level += 1
         if found.suite.description:
             blocks.append(Paragraph(found.suite.description))
+        if found.not_begun:
+            blocks.append(Paragraph(f"Not run yet: {'; '.join(found.not_begun)}."))
         for pair in found.pairs:
             blocks += _pair(found, pair, published, level, suite)
     return Document(title, made_from, blocks)
@@ -35,9 +37,9 @@ def compose(title: str, made_from: list[str], findings: Sequence[Findings], publ
 HOW_TO_READ = (
     "Rouge-L is the F-measure of stemmed words against the best reference, times 100. "
     "“±” is the standard deviation over training seeds. Differences are paired: the same prompts, the same training "
-    "seeds, the mean over sets. The interval over prompts is of these very students; the other one is of other "
-    "training seeds and other prompts as well, and the p of a sentence belongs to it, after Holm's correction for all "
-    "methods of the table."
+    "seeds, the mean over sets. Intervals are of 95 %: that over prompts is of these very students, the other one "
+    "of other training seeds and other prompts as well, and the p of a sentence belongs to it, after Holm's correction "
+    "for all methods of the table."
 )
 
 

@@ -127,6 +127,8 @@ class PairFindings:
 class Findings:
     suite: Compared
     pairs: list[PairFindings]
+    not_begun: list[str]
+    """Pairs of which no cell has run yet, in words."""
 
 
 def find(ledger: Ledger, published: Published) -> Findings:
@@ -134,7 +136,9 @@ def find(ledger: Ledger, published: Published) -> Findings:
     pairs = [_pair(ledger.suite, name, pair, published.of(name)) for name, pair in ledger.pairs.items() if pair.cells]
     if not pairs:
         raise KdzooError(f"'{ledger.suite.title}': no cell has run yet; 'kdzoo compare' runs them")
-    return Findings(ledger.suite, pairs)
+    return Findings(
+        ledger.suite, pairs, [ledger.suite.pairs[name] for name, pair in ledger.pairs.items() if not pair.cells]
+    )
 
 
 def _pair(suite: Compared, name: str, pair: PairLedger, published: Mapping[str, float]) -> PairFindings:

@@ -26,6 +26,5 @@ class Published:
 
 
 def read_published() -> Published:
-    """Without the file (an installed package may lack it) nothing stands beside."""
-    file = next((file for file in FILES if file.is_file()), None)
-    return Published("", "", {}) if file is None else TypeAdapter(Published).validate_json(file.read_bytes())
+    file = next(file for file in FILES if file.is_file())
+    return TypeAdapter(Published).validate_json(file.read_bytes())

@@ -41,10 +41,10 @@ def sentence(found: Contrast) -> str:
     size = number(abs(one.estimate))
     name = f"`{found.recipe}`"
     if one.over is None or found.p_holm is None:
-        over_prompts = f" (95 % interval over prompts {interval(one.within)})" if one.within else ""
+        over_prompts = f" (interval over prompts {interval(one.within)})" if one.within else ""
         side = "above" if one.estimate >= 0 else "below"
         return f"{name}: {size} {side} {against}{over_prompts}; of one trained student each, others may differ."
-    given = f"{interval(one.over)}; p = {p_value(found.p_holm)}".replace("= <", "<")
+    given = f"interval {interval(one.over)}, p = {p_value(found.p_holm)}".replace("= <", "<")
     if found.p_holm < LEVEL:
         return f"{name} is {'better' if one.estimate > 0 else 'worse'} than {against} by {size} ({given})."
     unseen = (

@@ -12,6 +12,7 @@ from made_up_ledger import write_ledger
 from matplotlib.image import imread
 
 from kdzoo.cli import main
+from kdzoo.report.document import Paragraph
 from kdzoo.report.findings import Contrast
 from kdzoo.report.statistics import Difference, Interval
 from kdzoo.report.wording import number, p_value, sentence, signed
@@ -23,24 +24,24 @@ BETTER = Contrast(
 
 
 def test_a_sentence_says_what_the_numbers_say():
-    assert sentence(BETTER) == "`dskd` is better than `sft` by 1.20 (0.40 to 2.00; p = 0.004)."
+    assert sentence(BETTER) == "`dskd` is better than `sft` by 1.20 (interval 0.40 to 2.00, p = 0.004)."
     worse = replace(BETTER, difference=replace(BETTER.difference, estimate=-1.2, over=Interval(-2.0, -0.4)))
-    assert sentence(worse) == "`dskd` is worse than `sft` by 1.20 (−2.00 to −0.40; p = 0.004)."
+    assert sentence(worse) == "`dskd` is worse than `sft` by 1.20 (interval −2.00 to −0.40, p = 0.004)."
 
 
 def test_a_sentence_says_no_more_than_the_numbers_say():
     assert sentence(replace(BETTER, p_holm=0.06)) == (
-        "`dskd` is above `sft` by 1.20 (0.40 to 2.00; p = 0.060), not certain among so many comparisons. "
+        "`dskd` is above `sft` by 1.20 (interval 0.40 to 2.00, p = 0.060), not certain among so many comparisons. "
         "A true difference below 1.10 would often be missed."
     )
     told = replace(BETTER, p_holm=0.4, difference=replace(BETTER.difference, over=Interval(-0.3, 2.7)))
     assert sentence(told) == (
-        "`dskd` cannot be told from `sft`: +1.20 (−0.30 to 2.70; p = 0.400). "
+        "`dskd` cannot be told from `sft`: +1.20 (interval −0.30 to 2.70, p = 0.400). "
         "A true difference below 1.10 would often be missed."
     )
     one = Difference(-1.2, 1, Interval(-1.5, -0.9), None, None, None)
     assert sentence(Contrast("dskd", "sft", one, None)) == (
-        "`dskd`: 1.20 below `sft` (95 % interval over prompts −1.50 to −0.90); "
+        "`dskd`: 1.20 below `sft` (interval over prompts −1.50 to −0.90); "
         "of one trained student each, others may differ."
     )
 
@@ -60,7 +61,7 @@ def report(tmp_path) -> Places:
 def test_the_markdown_holds_every_table_and_the_figures_beside_it(report):
     text = report.markdown.read_text()
     assert text.startswith("<!-- kdzoo report two.json -->\n\n# Two methods\n")
-    assert "- `residual` is better than `sft` by 5.00 (5.00 to 5.00; p < 0.001).\n" in text
+    assert "- `residual` is better than `sft` by 5.00 (interval 5.00 to 5.00, p < 0.001).\n" in text
     assert "\n| `residual` | 3 | 28.20 ± 0.10 | 28.20 ± 0.10 | 20.01 |\n" in text
     assert "\n| teacher |  | 40.00 | 40.00 |  |\n" in text
     assert "Left out: `abkd`; each needs one tokenizer." in text
@@ -107,6 +108,12 @@ def test_one_training_seed_is_marked_as_such(tmp_path):
     assert "±" not in text.split("## A to B")[1].split("“decoding ±”")[0].replace("decoding ±", "")
 
 
+def test_a_pair_that_has_not_begun_is_told(tmp_path):
+    suite = write_ledger(tmp_path)
+    suite.write_text(suite.read_text().replace('"pairs": {', '"pairs": {"later": "C to D",'))
+    assert Paragraph("Not run yet: C to D.") in document_of([suite]).blocks
+
+
 def test_several_suites_make_one_page(tmp_path):
     suite = write_ledger(tmp_path)
     (tmp_path / "again.json").write_text(suite.read_text().replace("Two methods", "Once more"))
@@ -122,7 +129,7 @@ def test_a_terminal_gets_the_sentences_under_their_headings(tmp_path):
     assert lines[:3] == [
         "A to B, two tokenizers",
         "Rouge-L, greedy",
-        "  residual is better than sft by 5.00 (5.00 to 5.00; p < 0.001).",
+        "  residual is better than sft by 5.00 (interval 5.00 to 5.00, p < 0.001).",
     ]
 
 
