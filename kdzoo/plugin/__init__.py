@@ -1,4 +1,4 @@
-"""What a plugin is (contracts), how it is found and loaded, and what it declares.
+"""Which kinds of plugin there are, how plugins are found and loaded, and what they declare.
 
-`hooks`, `discovery` and `declarations` import no torch; `contracts` and `registry` do.
+`discovery` and `declarations` import no torch; `kinds` and `registry` do.
 """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -17,17 +17,18 @@ from typing import TYPE_CHECKING, Any
 
 from kdzoo.cache import cache_dir, content_key
 from kdzoo.errors import PluginError
-from kdzoo.plugin.discovery import Kind, PluginSource, find_plugins, refuse_clashes
+from kdzoo.plugin.discovery import PluginSource, find_plugins, refuse_clashes
 
 if TYPE_CHECKING:
-    from kdzoo.plugin.contracts import Loss, Needs, Params
+    from kdzoo.api.loss import Loss
+    from kdzoo.api.plugin import Params, Plugin
 
 
 @dataclass(frozen=True)
 class Declared:
-    """One loss, aligner, fusion or tracker, or one model family of an anatomy."""
+    """One plugin: a loss, an aligner, ..., or one model family of a model adapter."""
 
-    kind: Kind
+    kind: str
     name: str
     plugin: str
     doc: str
@@ -46,13 +47,14 @@ class Declared:
 
 @dataclass(frozen=True)
 class Declarations:
-    """What all plugins declare, by name; anatomies by `model_type`."""
+    """What all plugins declare."""
 
-    losses: dict[str, Declared]
-    aligners: dict[str, Declared]
-    fusions: dict[str, Declared]
-    anatomies: dict[str, Declared]
-    trackers: dict[str, Declared]
+    by_kind: dict[str, dict[str, Declared]]
+    """Kind -> name -> what it declares; model adapters by `model_type`. Kinds in the order of `kinds.KINDS`."""
+
+    def of(self, kind: str) -> dict[str, Declared]:
+        """Those of a kind, by name."""
+        return self.by_kind.get(kind, {})
 
 
 def declarations(loose: Sequence[Path] = ()) -> Declarations:
@@ -65,11 +67,10 @@ def declarations(loose: Sequence[Path] = ()) -> Declarations:
         _store(plugin, entries)
     everything = [(entry, plugin) for plugin in plugins for entry in declared[plugin] or []]
     refuse_clashes((entry.kind, entry.name, plugin) for entry, plugin in everything)
-
-    def of(kind: Kind) -> dict[str, Declared]:
-        return {entry.name: entry for entry, _ in everything if entry.kind == kind}
-
-    return Declarations(of("loss"), of("aligner"), of("fusion"), of("anatomy"), of("tracker"))
+    by_kind: dict[str, dict[str, Declared]] = {}
+    for entry, _ in everything:
+        by_kind.setdefault(entry.kind, {})[entry.name] = entry
+    return Declarations(by_kind)
 
 
 def _imported(plugins: Sequence[PluginSource]) -> list[list[Declared]]:
@@ -82,46 +83,56 @@ def _imported(plugins: Sequence[PluginSource]) -> list[list[Declared]]:
     return [[_declare(*entry[:3], plugin) for entry in registered if entry.plugin == plugin] for plugin in plugins]
 
 
-def _declare(kind: Kind, name: str, thing: Any, plugin: PluginSource) -> Declared:
+def _declare(kind: str, name: str, thing: type[Plugin], plugin: PluginSource) -> Declared:
     from inspect import cleandoc
 
+    from kdzoo.api.loss import Loss
     from kdzoo.plugin.json_schema import json_schema
     from kdzoo.plugin.registry import cause
 
-    doc = cleandoc(thing.__doc__ or "")
-    params = {} if kind == "anatomy" else json_schema(thing.Params, f"{kind}.{name}.")
-    if kind != "loss":
-        return Declared(kind, name, plugin.name, doc, "", "", params)
+    declared = Declared(
+        kind, name, plugin.name, cleandoc(thing.__doc__ or ""), "", "", json_schema(thing.Params, f"{kind}.{name}.")
+    )
+    if not issubclass(thing, Loss):
+        return declared
     try:
-        needs, couples = _needs(thing), [[*pair] for pair in _couples(thing, params)]
+        needs, couples = _needs(thing), [[*pair] for pair in _couples(thing, declared.params)]
     except Exception as error:
         raise PluginError(f"{plugin}: 'needs' of the loss '{name}' failed; {cause(error, plugin)}") from error
-    return Declared(
-        kind, name, plugin.name, doc, thing.paper, thing.formula, params, [*thing.deviations], needs, couples
+    return replace(
+        declared,
+        paper=thing.paper,
+        formula=thing.formula,
+        deviations=[*thing.deviations],
+        needs=needs,
+        couples=couples,
     )
 
 
 def _needs(loss: type[Loss]) -> dict[str, dict[str, Any]]:
     if any(parameter.is_required() for parameter in loss.Params.model_fields.values()):
         return {}
-    found = {"one": loss.needs(loss.Params(), True), "two": loss.needs(loss.Params(), False)}
-    return {count: _plain(needs) for count, needs in found.items() if count == "one" or needs.tokenizers == "any"}
+    params = loss.Params()
+    both = loss.needs(params, False).tokenizers == "any"
+    counts = {"one": True} | ({"two": False} if both else {})
+    return {count: _plain(loss, params, same_tokens) for count, same_tokens in counts.items()}
 
 
-def _plain(needs: Needs) -> dict[str, Any]:
+def _plain(loss: type[Loss], params: Params, same_tokens: bool) -> dict[str, Any]:
     """What is read, in JSON's types."""
-    seen = {stream for visit in needs.visits for stream in visit.streams}
-    facts = {fact for visit in needs.visits for fact in visit.facts}.union(needs.facts)
+    needs = loss.needs(params, same_tokens)
+    seen = list(dict.fromkeys(stream for visit in loss.visits(params) for stream in visit.streams))
+    models = ("student", "teacher")
     return {
-        "logits": [model for model in ("student", "teacher") if model in seen],
+        "logits": [model for model in models if model in seen],
         "student": sorted(needs.student),
         "teacher": sorted(needs.teacher),
-        "streams": {stream.name: stream.head for stream in needs.streams},
-        "facts": sorted(facts),
+        "streams": [stream for stream in seen if stream not in models],
+        "facts": sorted(needs.facts),
         "aligned": needs.aligned,
-        "lexicons": needs.lexicons,
-        "survey": needs.survey,
-        "artefacts": sorted(needs.artefacts),
+        "vocabularies": needs.vocabularies,
+        "statistics": loss.reads_statistics(),
+        "artifacts": sorted(needs.artifacts),
     }
 
 
@@ -157,11 +168,11 @@ def _valid(loss: type[Loss], values: dict[str, Any]) -> Params | None:
 
 
 def _fingerprint(plugin: PluginSource) -> str:
-    """A hash of all that the declarations follow from: the plugin's code, this room's code, and pydantic.
+    """A hash of all that the declarations follow from: the plugin's code, this room's and the contract's, and pydantic.
 
     Contents, not times: reading a few small files costs less than the doubt about a clock.
     """
-    ours = sorted(Path(__file__).parent.glob("*.py"))
+    ours = sorted(file for room in ("plugin", "api") for file in Path(__file__).parents[1].joinpath(room).glob("*.py"))
     digests = [sha256(file.read_bytes()).hexdigest() for file in [*plugin.code(), *ours]]
     return content_key([plugin.name, plugin.distribution, digests, version("pydantic")])
 

@@ -11,11 +11,8 @@ from importlib.machinery import PathFinder
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
 
 from kdzoo.errors import PluginError
-
-Kind = Literal["loss", "aligner", "fusion", "anatomy", "tracker"]
 
 
 @dataclass(frozen=True)
@@ -75,13 +72,13 @@ def find_plugins(loose: Sequence[Path] = ()) -> list[PluginSource]:
     return [*plugins.values(), *files.values()]
 
 
-def refuse_clashes(names: Iterable[tuple[Kind, str, PluginSource]]) -> None:
+def refuse_clashes(names: Iterable[tuple[str, str, PluginSource]]) -> None:
     """Two plugins, or one plugin twice, may not register two things of one kind under one name."""
-    seen: dict[tuple[Kind, str], PluginSource] = {}
+    seen: dict[tuple[str, str], PluginSource] = {}
     for kind, name, plugin in names:
         if other := seen.get((kind, name)):
             both = f"by {other} and by {plugin}" if other != plugin else f"twice by {plugin}"
-            raise PluginError(f"{kind} '{name}': registered {both}; rename or remove one of them")
+            raise PluginError(f"{kind.replace('_', ' ')} '{name}': registered {both}; rename or remove one of them")
         seen[kind, name] = plugin
 
 

@@ -13,6 +13,13 @@ from kdzoo.plugin.json_schema import in_words
 
 MODELS = ("student", "teacher")
 
+OTHERS = {
+    "aligner": ("Aligners", "Which tokens of two tokenizers belong together: `align` in a recipe."),
+    "fusion": ("Fusions", "What a block of experts of the teacher is read as: `fuse` in a recipe."),
+    "tracker": ("Trackers", "Where the steps of a run are sent: `trackers` in a recipe."),
+}
+"""Kind -> its title and what it is for."""
+
 
 def page(declared: Declarations) -> str:
     """Everything that is declared: a table of all losses, then a section for each, then the other kinds."""
@@ -23,11 +30,9 @@ def page(declared: Declarations) -> str:
         "`params`; values here are written as in a recipe. What a loss reads is what it reads with its default "
         "parameters. With a value that couples the samples of a batch, as some authors' code does, a sample's loss "
         "depends on its neighbours.",
-        *_losses(list(declared.losses.values())),
-        *_others("Aligners", "Which tokens of two tokenizers belong together: `align` in a recipe.", declared.aligners),
-        *_others("Fusions", "What a block of experts of the teacher is read as: `fuse` in a recipe.", declared.fusions),
-        *_others("Trackers", "Where the steps of a run are sent: `trackers` in a recipe.", declared.trackers),
-        *_anatomies(list(declared.anatomies.values())),
+        *_losses(list(declared.of("loss").values())),
+        *(block for kind, plugins in _other_kinds(declared) for block in _others(*_about(kind), plugins)),
+        *_families(list(declared.of("model_adapter"))),
     ]
     return "\n\n".join(blocks) + "\n"
 
@@ -69,10 +74,9 @@ def _facts(loss: Declared) -> Iterator[tuple[str, str]]:
         for count, these, those in (("one tokenizer", one, two), ("two tokenizers", two, one)):
             if more := [what for what in these if what not in those]:
                 yield f"with {count} also", _together(more)
-        sends = loss.needs["one"]["streams"] | loss.needs.get("two", loss.needs["one"])["streams"]
-        if sends:
-            yield "sends states through heads", "; ".join(_sent(sends))
-        if stages := loss.needs["one"]["artefacts"]:
+        if streams := loss.needs["one"]["streams"]:
+            yield "sends states of its own through heads", ", ".join(f"`{name}`" for name in streams)
+        if stages := loss.needs["one"]["artifacts"]:
             yield "needs the stage", ", ".join(f"`{stage}`" for stage in stages)
     if loss.couples:
         yield "couples the samples of a batch with", _values(loss.couples)
@@ -93,8 +97,8 @@ def _reads(needs: Mapping[str, Any]) -> list[tuple[str, str]]:
     found += [("the fact", _code(fact)) for fact in needs["facts"]]
     says = {
         "aligned": ("the aligner's", "pairs or spans"),
-        "lexicons": ("both vocabularies'", "texts"),
-        "survey": ("the teacher's", "training rows before the first step"),
+        "vocabularies": ("both vocabularies'", "texts"),
+        "statistics": ("the teacher's", "training rows before the first step"),
     }
     return found + [phrase for key, phrase in says.items() if needs[key]]
 
@@ -105,12 +109,6 @@ def _together(found: Iterable[tuple[str, str]]) -> str:
     for owner, what in found:
         whose.setdefault(owner, []).append(what)
     return "; ".join(f"{owner} {_listed(what, 'and')}" for owner, what in whose.items())
-
-
-def _sent(streams: Mapping[str, str]) -> Iterator[str]:
-    for head in MODELS:
-        if names := [f"`{name}`" for name, through in streams.items() if through == head]:
-            yield f"{', '.join(names)} through the {head}'s"
 
 
 def _in_short(loss: Declared) -> str:
@@ -124,9 +122,9 @@ def _in_short(loss: Declared) -> str:
         "experts": bool(sites & {"experts", "router", "fused"}),
         "heads": "head" in sites,
         "facts": any(needs["facts"] for needs in both),
-        "vocabularies": any(needs["lexicons"] for needs in both),
+        "vocabularies": any(needs["vocabularies"] for needs in both),
         "alignment": any(needs["aligned"] for needs in both),
-        "a stage": any(needs["artefacts"] for needs in both),
+        "a stage": any(needs["artifacts"] for needs in both),
     }
     return ", ".join(kind for kind, is_read in kinds.items() if is_read)
 
@@ -138,6 +136,17 @@ def _values(pairs: Iterable[Sequence[Any]]) -> str:
 
 
 # The other kinds
+
+
+def _other_kinds(declared: Declarations) -> Iterator[tuple[str, Mapping[str, Declared]]]:
+    """Kinds with a section for each plugin: those with a sentence of their own first, then whatever else there is."""
+    rest = [kind for kind in declared.by_kind if kind not in OTHERS and kind not in ("loss", "model_adapter")]
+    yield from ((kind, declared.of(kind)) for kind in (*OTHERS, *rest))
+
+
+def _about(kind: str) -> tuple[str, str]:
+    """Its title, and what it is for."""
+    return OTHERS.get(kind, (f"{kind.replace('_', ' ').capitalize()} plugins", f"Plugins of the kind `{kind}`."))
 
 
 def _others(title: str, what: str, plugins: Mapping[str, Declared]) -> Iterator[str]:
@@ -152,10 +161,10 @@ def _others(title: str, what: str, plugins: Mapping[str, Declared]) -> Iterator[
         yield from _parameters(plugin, [other for other in declared[:position] if other.plugin == plugin.plugin])
 
 
-def _anatomies(anatomies: Sequence[Declared]) -> Iterator[str]:
-    if anatomies:
+def _families(families: Sequence[str]) -> Iterator[str]:
+    if families:
         yield "## Model families"
-        yield "By `model_type` of a model's configuration: " + ", ".join(f"`{each.name}`" for each in anatomies) + "."
+        yield "By `model_type` of a model's configuration: " + ", ".join(f"`{name}`" for name in families) + "."
 
 
 # Parameters

@@ -3,80 +3,64 @@
 from __future__ import annotations
 
 import inspect
-import re
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pluggy
 
+from kdzoo.api import hooks
+from kdzoo.api.loss import Loss
+from kdzoo.api.model_adapter import ModelAdapter
+from kdzoo.api.plugin import Plugin
 from kdzoo.errors import PluginError, did_you_mean
-from kdzoo.plugin import hooks
-from kdzoo.plugin.contracts import Aligner, Anatomy, Fusion, FusionParams, Loss, Params, Tracker
-from kdzoo.plugin.discovery import Kind, PluginSource, find_plugins, refuse_clashes
+from kdzoo.plugin.discovery import PluginSource, find_plugins, refuse_clashes
+from kdzoo.plugin.kinds import KINDS
 
-
-class Contract(NamedTuple):
-    """What a hook registers, and the texts that such a class must carry."""
-
-    hook: str
-    base: type
-    texts: tuple[str, ...]
-
-
-CONTRACTS: Mapping[Kind, Contract] = {
-    "loss": Contract("register_losses", Loss, ("name", "paper", "formula")),
-    "aligner": Contract("register_aligners", Aligner, ("name",)),
-    "fusion": Contract("register_fusions", Fusion, ("name",)),
-    "anatomy": Contract("register_anatomies", Anatomy, ()),
-    "tracker": Contract("register_trackers", Tracker, ("name",)),
-}
+P = TypeVar("P", bound=Plugin)
 
 
 class Registered(NamedTuple):
-    """One thing that a plugin registered. An anatomy has an entry for every family that it covers."""
+    """One class that a plugin module registered, under one of its names: a model adapter has several."""
 
-    kind: Kind
+    kind: str
     name: str
-    thing: type
+    thing: type[Plugin]
     plugin: PluginSource
 
 
 @dataclass(frozen=True)
 class Registry:
-    """What all plugins together offer, by name; anatomies by `model_type`."""
+    """What all plugins together offer."""
 
-    losses: dict[str, type[Loss]]
-    aligners: dict[str, type[Aligner]]
-    fusions: dict[str, type[Fusion]]
-    anatomies: dict[str, Anatomy]
-    providers: dict[tuple[Kind, str], PluginSource]
-    """Which plugin registered what."""
-    trackers: dict[str, type[Tracker]]
+    things: Mapping[tuple[str, str], type[Plugin]]
+    """(kind, name) -> class."""
+    model_adapters: Mapping[str, ModelAdapter]
+    """`model_type` -> the adapter that covers the family: one instance for all its families."""
+    providers: Mapping[tuple[str, str], PluginSource]
+    """(kind, name) -> the plugin that registered it."""
     hook: pluggy.HookRelay
     """For `hook.step_logged(step=..., metrics=..., stage=..., folder=...)`."""
+
+    def of(self, kind: type[P]) -> dict[str, type[P]]:
+        """The classes of a kind, by name."""
+        return {name: thing for (_, name), thing in self.things.items() if issubclass(thing, kind)}
 
 
 def load_plugins(loose: Sequence[Path] = ()) -> Registry:
     """Import every installed plugin and every loose file. Raises `PluginError` at the first fault."""
     hook, registered = collect(find_plugins(loose))
     refuse_clashes((entry.kind, entry.name, entry.plugin) for entry in registered)
-
-    def of(kind: Kind) -> dict[str, Any]:
-        return {entry.name: entry.thing for entry in registered if entry.kind == kind}
-
-    anatomies = {thing: thing() for thing in of("anatomy").values()}
+    things = {(entry.kind, entry.name): entry.thing for entry in registered}
+    adapters = {thing: thing() for thing in things.values() if issubclass(thing, ModelAdapter)}
     return Registry(
-        losses=of("loss"),
-        aligners=of("aligner"),
-        fusions=of("fusion"),
-        anatomies={family: anatomies[thing] for family, thing in of("anatomy").items()},
-        providers={(entry.kind, entry.name): entry.plugin for entry in registered},
-        trackers=of("tracker"),
-        hook=hook,
+        things,
+        {name: adapters[thing] for (_, name), thing in things.items() if issubclass(thing, ModelAdapter)},
+        {(entry.kind, entry.name): entry.plugin for entry in registered},
+        hook,
     )
 
 
@@ -85,12 +69,13 @@ def losses_called(name_or_file: str, loose: Sequence[Path] = ()) -> list[type[Lo
     file = Path(name_or_file)
     installed = {plugin.file for plugin in find_plugins()}
     registry = load_plugins([*loose, file] if file.suffix == ".py" and file.resolve() not in installed else loose)
-    if name_or_file in registry.losses:
-        return [registry.losses[name_or_file]]
-    providers = {name: registry.providers["loss", name].file for name in registry.losses}
-    found = [loss for name, loss in registry.losses.items() if providers[name] == file.resolve()]
+    losses = registry.of(Loss)
+    if name_or_file in losses:
+        return [losses[name_or_file]]
+    providers = {name: registry.providers[Loss.kind, name].file for name in losses}
+    found = [loss for name, loss in losses.items() if providers[name] == file.resolve()]
     if not found:
-        why = "registers no loss" if file.is_file() else f"no such loss{did_you_mean(name_or_file, registry.losses)}"
+        why = "registers no loss" if file.is_file() else f"no such loss{did_you_mean(name_or_file, losses)}"
         raise PluginError(f"{name_or_file}: {why}; give a loss of 'kdzoo list', or a plugin's file")
     return found
 
@@ -109,23 +94,21 @@ def collect(plugins: Sequence[PluginSource]) -> tuple[pluggy.HookRelay, list[Reg
     manager.check_pending()
 
     registered: list[Registered] = []
-    for kind, contract in CONTRACTS.items():
-        for plugin, module in modules.items():
-            ask_one = manager.subset_hook_caller(
-                contract.hook, [other for other in modules.values() if other is not module]
-            )
-            _call_guarded(ask_one, plugin, _registrar(kind, plugin, registered))
-    return manager.hook, registered
+    for plugin, module in modules.items():
+        others = [other for other in modules.values() if other is not module]
+        ask_one = manager.subset_hook_caller("register_plugins", others)
+        _call_guarded(ask_one, plugin, _registrar(plugin, registered))
+    order = list(KINDS)
+    return manager.hook, sorted(registered, key=lambda entry: order.index(entry.kind))
 
 
-def _registrar(kind: Kind, plugin: PluginSource, registered: list[Registered]) -> Callable[[type], None]:
+def _registrar(plugin: PluginSource, registered: list[Registered]) -> Callable[[Any], None]:
     """The `register` that a hook of this plugin is called with."""
 
     def register(thing: Any) -> None:
-        if fault := _fault(kind, thing):
+        if fault := _fault(thing):
             raise PluginError(f"{plugin}: {fault}")
-        names = thing.families if issubclass(thing, Anatomy) else (thing.name,)
-        registered.extend(Registered(kind, name, thing, plugin) for name in names)
+        registered.extend(Registered(thing.kind, name, thing, plugin) for name in thing.names())
 
     return register
 
@@ -137,7 +120,7 @@ def _import(plugin: PluginSource) -> object:
         raise PluginError(f"{plugin}: cannot be imported; {cause(error, plugin)}") from error
 
 
-def _call_guarded(hook: pluggy.HookCaller, plugin: PluginSource, register: Callable[[type], None]) -> None:
+def _call_guarded(hook: pluggy.HookCaller, plugin: PluginSource, register: Callable[[Any], None]) -> None:
     try:
         hook(register=register)
     except PluginError:
@@ -166,41 +149,19 @@ def _check_implementations(plugin: PluginSource, callers: Sequence[pluggy.HookCa
                 )
 
 
-def _fault(kind: Kind, thing: Any) -> str | None:
-    """Why a registered thing is not a concrete subclass of its contract with the texts that users see."""
-    hook, base, texts = CONTRACTS[kind]
-    if not _inherits(thing, base):
-        shown = f"'{thing.__name__}'" if inspect.isclass(thing) else f"a '{type(thing).__name__}' object"
-        return f"'{hook}' got {shown}; it takes subclasses of kdzoo.{base.__name__}"
-    who = f"{kind} class '{thing.__name__}'"
-    for text in texts:
-        if not _is_text(getattr(thing, text, None)):
-            return f"{who} has no '{text}'; give it a line of text"
-    if kind == "loss" and not _are_texts(thing.deviations):
-        return f"{who} has 'deviations' that are no sentences; give it a tuple of strings"
-    if kind == "anatomy":
-        families = getattr(thing, "families", ())
-        if not (families and _are_texts(families)):
-            return f"{who} has no 'families'; give it a tuple of strings"
-    elif not re.fullmatch(r"[a-z][a-z0-9_]*", thing.name):
-        return f"{who} is named '{thing.name}'; use lower-case letters, digits and '_'"
-    elif not _inherits(thing.Params, wanted := FusionParams if kind == "fusion" else Params):
-        return f"{who} has 'Params' that do not inherit kdzoo.{wanted.__name__}"
-    if missing := sorted(getattr(thing, "__abstractmethods__", ())):
+def _fault(thing: Any) -> str | None:
+    """Why a registered thing is no class of a kind in good order."""
+    is_class = inspect.isclass(thing)
+    if not (is_class and issubclass(thing, tuple(KINDS.values()))):
+        shown = f"'{thing.__name__}'" if is_class else f"a '{type(thing).__name__}' object"
+        bases = ", ".join(f"kdzoo.{kind.__name__}" for kind in KINDS.values())
+        return f"'register_plugins' got {shown}; it takes subclasses of {bases}"
+    who = f"{thing.kind.replace('_', ' ')} class '{thing.__name__}'"
+    if fault := thing.declared_fault():
+        return f"{who} {fault}"
+    if missing := sorted(thing.__abstractmethods__):
         return f"{who} does not implement {_quoted(missing)}"
     return None
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _are_texts(value: object) -> bool:
-    return isinstance(value, tuple) and all(map(_is_text, value))
-
-
-def _inherits(thing: Any, base: type) -> bool:
-    return inspect.isclass(thing) and issubclass(thing, base)
 
 
 def cause(error: Exception, plugin: PluginSource) -> str:

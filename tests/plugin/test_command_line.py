@@ -104,7 +104,7 @@ def test_list_prints_plain_lines_where_nobody_looks(recipe, capsys):
         "output itself is the state.\n"
         "      judge ('model' or 'fused', default 'model'): Whose prediction the teacher's is, for the losses that "
         "read the fused state.\n"
-        "anatomies:\n"
+        "model adapters:\n"
         "  toy  [good]  Two families.\n"
         "  toy_moe  [good]  Two families.\n"
     )
@@ -122,8 +122,8 @@ def test_list_prints_a_table_on_a_terminal(recipe, capsys, monkeypatch):
 def test_list_prints_json_for_programs(recipe, capsys):
     assert main(["list", "--json"]) == 0
     declared = json.loads(capsys.readouterr().out)
-    assert declared["losses"]["shift"]["formula"] == "s + t"
-    assert declared.keys() == {"losses", "aligners", "fusions", "anatomies", "trackers"}
+    assert declared["loss"]["shift"]["formula"] == "s + t"
+    assert declared.keys() == {"loss", "aligner", "fusion", "model_adapter"}
 
 
 def test_a_loose_plugin_is_listed_and_used(recipe, capsys):
@@ -135,7 +135,7 @@ def test_a_loose_plugin_is_listed_and_used(recipe, capsys):
 
 def test_a_broken_plugin_stops_every_command_that_needs_plugins(recipe, capsys):
     loose = str(Path(__file__).parent / "fixtures" / "misspelt_hook.py")
-    line = f"error: plugin '{loose}': 'register_loses' is no hook, did you mean 'register_losses'?\n"
+    line = f"error: plugin '{loose}': 'register_plugin' is no hook, did you mean 'register_plugins'?\n"
     for command in (["list"], ["schema"], ["validate", recipe], ["show", recipe]):
         assert main([*command, "--plugin", loose]) == 2
         assert capsys.readouterr().err == line

@@ -23,7 +23,7 @@ def forget(*modules: str) -> None:
 def test_a_loss_declares_its_texts_and_parameters(site):
     site.install("zoo-good", good="good")
 
-    shift = declarations().losses["shift"]
+    shift = declarations().of("loss")["shift"]
 
     assert (shift.kind, shift.name, shift.plugin) == ("loss", "shift", "good")
     assert shift.doc == "Moves the student.\n\nWith a second paragraph."
@@ -50,7 +50,7 @@ class Reader(kdzoo.Loss):
     deviations: ClassVar = DEVIATIONS
 
     class Params(kdzoo.Params):
-        mean: Literal["rows", "batch"] = "rows"
+        mean: Literal["tokens", "batch"] = "tokens"
         width: Literal["whole"] | int = 1
         whole: bool = False
 
@@ -59,16 +59,23 @@ class Reader(kdzoo.Loss):
         NEEDS
         return kdzoo.Needs(
             teacher=frozenset({"hidden.last", "embed.input"}),
-            visits=(kdzoo.Visit("a", ("student", "own"), facts=("teacher.top1",)),),
-            streams=(kdzoo.OwnStream("own", "student", head="teacher"),),
+            facts=frozenset({"teacher.top1"}),
             tokenizers="same" if params.whole else "any",
             aligned=not same_tokens,
             batch_coupled=params.mean == "batch" or (params.width == "whole" and not same_tokens),
         )
 
+    @kdzoo.visit
+    def tokens(self, student, own):
+        return kdzoo.Terms()
+
+    @kdzoo.visit(when=lambda params: params.whole)
+    def unseen(self, other):
+        return kdzoo.Terms()
+
 
 @kdzoo.hookimpl
-def register_losses(register):
+def register_plugins(register):
     register(Reader)
 """
 
@@ -81,34 +88,34 @@ def write_reader(folder: Path, deviations: str = '("`f` differs.",)', needs: str
 def test_a_loss_declares_what_it_reads_and_where_it_differs(site, tmp_path):
     file = write_reader(tmp_path)
 
-    reader = declarations([file]).losses["reader"]
+    reader = declarations([file]).of("loss")["reader"]
 
     assert reader.deviations == ["`f` differs."]
     assert reader.needs["one"] == {
         "logits": ["student"],
         "student": [],
         "teacher": ["embed.input", "hidden.last"],
-        "streams": {"own": "teacher"},
+        "streams": ["own"],
         "facts": ["teacher.top1"],
         "aligned": False,
-        "lexicons": False,
-        "survey": False,
-        "artefacts": [],
+        "vocabularies": False,
+        "statistics": False,
+        "artifacts": [],
     }
     assert reader.needs["two"] == reader.needs["one"] | {"aligned": True}
     assert reader.couples == [["mean", "batch"], ["width", "whole"]]
-    assert declarations([file]).losses["reader"] == reader, "from the cache"
+    assert declarations([file]).of("loss")["reader"] == reader, "from the cache"
 
 
 def test_a_loss_of_one_tokenizer_declares_no_needs_for_two(site, tmp_path):
     file = write_reader(tmp_path, needs="params = params.model_copy(update={'whole': True})")
-    assert declarations([file]).losses["reader"].needs.keys() == {"one"}
+    assert declarations([file]).of("loss")["reader"].needs.keys() == {"one"}
 
 
 def test_what_a_loss_needs_is_unknown_where_a_parameter_has_no_default(site, tmp_path):
     file = write_reader(tmp_path)
     file.write_text(file.read_text().replace("whole: bool = False", "whole: bool"))
-    assert declarations([file]).losses["reader"].needs == {}
+    assert declarations([file]).of("loss")["reader"].needs == {}
 
 
 def test_needs_that_fail_are_an_error_of_one_line(site, tmp_path):
@@ -130,10 +137,10 @@ def test_the_other_kinds_are_declared(site):
 
     declared = declarations()
 
-    assert declared.aligners["by_hand"].doc == "Pairs nothing."
-    assert declared.fusions["mean"].params["required"] == ["layer"]
-    assert declared.anatomies.keys() == {"toy", "toy_moe"}
-    assert declared.anatomies["toy"].params == {}
+    assert declared.of("aligner")["by_hand"].doc == "Pairs nothing."
+    assert declared.of("fusion")["mean"].params["required"] == ["layer"]
+    assert declared.of("model_adapter").keys() == {"toy", "toy_moe"}
+    assert declared.of("model_adapter")["toy"].params["properties"] == {}
 
 
 def test_the_second_time_nothing_is_imported(site):
@@ -154,7 +161,7 @@ def test_only_a_changed_plugin_is_imported(site):
     code = (site.folder / "other.py").read_text()
     (site.folder / "other.py").write_text(code.replace("s - t", "2 (s - t)"))
 
-    assert declarations().losses["other"].formula == "2 (s - t)"
+    assert declarations().of("loss")["other"].formula == "2 (s - t)"
     assert "good" not in sys.modules
     assert len(list((cache_dir() / "declarations").iterdir())) == 2, "overwritten, not piled up"
 
@@ -206,7 +213,7 @@ def test_a_cache_that_cannot_be_written_is_no_fault(site, tmp_path, monkeypatch)
     (tmp_path / "a_file").write_text("")
     monkeypatch.setenv("KDZOO_CACHE", str(tmp_path / "a_file"))
 
-    assert declarations().losses.keys() == {"shift"}
+    assert declarations().of("loss").keys() == {"shift"}
 
 
 def test_cached_plugins_that_clash_are_refused(site):
@@ -223,5 +230,5 @@ def test_a_broken_plugin_is_an_error_each_time(site):
     site.install("zoo-broken", misspelt_hook="misspelt_hook")
 
     for _ in range(2):
-        with pytest.raises(PluginError, match="'register_loses' is no hook, did you mean"):
+        with pytest.raises(PluginError, match="'register_plugin' is no hook, did you mean"):
             declarations()

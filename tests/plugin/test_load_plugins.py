@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from kdzoo import Aligner, Fusion, Loss
 from kdzoo.errors import PluginError
 from kdzoo.plugin.registry import load_plugins
 
 FIXTURES = Path(__file__).parent / "fixtures"
-HOOKS = (
-    "'register_losses', 'register_aligners', 'register_fusions', 'register_anatomies', 'register_trackers', "
-    "'step_logged'"
-)
+HOOKS = "'register_plugins', 'step_logged'"
+KINDS = "kdzoo.Loss, kdzoo.Aligner, kdzoo.Fusion, kdzoo.ModelAdapter, kdzoo.Tracker"
 
 
 def test_an_installed_plugin_registers_by_name(site):
@@ -23,11 +22,11 @@ def test_an_installed_plugin_registers_by_name(site):
     registry = load_plugins()
 
     good = sys.modules["good"]
-    assert registry.losses == {"shift": good.Shift}
-    assert registry.aligners == {"by_hand": good.ByHand}
-    assert registry.fusions == {"mean": good.Mean}
-    assert registry.anatomies["toy"] is registry.anatomies["toy_moe"]
-    assert isinstance(registry.anatomies["toy"], good.Toy)
+    assert registry.of(Loss) == {"shift": good.Shift}
+    assert registry.of(Aligner) == {"by_hand": good.ByHand}
+    assert registry.of(Fusion) == {"mean": good.Mean}
+    assert registry.model_adapters["toy"] is registry.model_adapters["toy_moe"]
+    assert isinstance(registry.model_adapters["toy"], good.Toy)
     assert str(registry.providers["loss", "shift"]) == "plugin 'good' (zoo-good 2.1)"
 
 
@@ -46,9 +45,9 @@ def test_a_loose_file_registers_like_an_installed_one(site):
 
     registry = load_plugins([path, FIXTURES.parent / "fixtures" / ".." / "fixtures" / "other.py"])
 
-    assert list(registry.losses) == ["other"]
+    assert list(registry.of(Loss)) == ["other"]
     assert str(registry.providers["loss", "other"]) == f"plugin '{path}'"
-    assert load_plugins([path]).losses == registry.losses, "the same text is imported once"
+    assert load_plugins([path]).of(Loss) == registry.of(Loss), "the same text is imported once"
 
 
 def test_plugins_come_sorted_by_distribution_and_name(site):
@@ -63,18 +62,19 @@ BROKEN = {
         "cannot be imported; ModuleNotFoundError: No module named 'no_such_module_anywhere' (does_not_import.py:1)"
     ),
     "not_there": "cannot be imported; ModuleNotFoundError: No module named 'not_there'",
-    "raises_in_hook": ("'register_losses' failed; NameError: name 'Lots' is not defined (raises_in_hook.py:16)"),
-    "misspelt_hook": "'register_loses' is no hook, did you mean 'register_losses'?",
+    "raises_in_hook": "'register_plugins' failed; NameError: name 'Lots' is not defined (raises_in_hook.py:16)",
+    "misspelt_hook": "'register_plugin' is no hook, did you mean 'register_plugins'?",
     "unlike_any_hook": f"'before_all' is no hook; hooks are {HOOKS}",
     "unmarked": f"implements no hook; mark one with '@kdzoo.hookimpl', of {HOOKS}",
-    "unknown_argument": "hook 'register_losses' has no argument 'config'; it has 'register'",
-    "not_a_loss": "'register_losses' got 'Plain'; it takes subclasses of kdzoo.Loss",
-    "not_a_class": "'register_aligners' got a 'str' object; it takes subclasses of kdzoo.Aligner",
+    "unknown_argument": "hook 'register_plugins' has no argument 'config'; it has 'register'",
+    "not_a_loss": f"'register_plugins' got 'Plain'; it takes subclasses of {KINDS}",
+    "not_a_class": f"'register_plugins' got a 'str' object; it takes subclasses of {KINDS}",
     "no_paper": "loss class 'Unpublished' has no 'paper'; give it a line of text",
-    "no_families": "anatomy class 'Nowhere' has no 'families'; give it a tuple of strings",
+    "no_visit": "loss class 'Blind' has neither a visit nor 'finish'; mark a method with '@kdzoo.visit'",
+    "no_families": "model adapter class 'Nowhere' has no 'families'; give it a tuple of strings",
     "bad_name": "loss class 'Loud' is named 'Loud Loss'; use lower-case letters, digits and '_'",
     "bad_params": "loss class 'Loose' has 'Params' that do not inherit kdzoo.Params",
-    "abstract": "loss class 'Abstract' does not implement 'needs'",
+    "abstract": "aligner class 'Abstract' does not implement 'align'",
 }
 
 

@@ -15,28 +15,29 @@ READS = {
     "logits": ["student"],
     "student": ["hidden.last"],
     "teacher": ["hidden.last"],
-    "streams": {"t2s": "student"},
+    "streams": ["t2s"],
     "facts": [],
     "aligned": False,
-    "lexicons": False,
-    "survey": False,
-    "artefacts": ["projectors"],
+    "vocabularies": False,
+    "statistics": False,
+    "artifacts": ["projectors"],
 }
 
 
 def declare(name: str, **changes: object) -> Declared:
+    mean = {"enum": ["tokens", "batch"], "default": "tokens", "description": "Of *what*."}
     given = {
         "doc": "Moves the student.",
         "paper": "Somebody et al., A Title, with a Comma, ICML 2026, arxiv.org/abs/1234.5678",
         "formula": "|s - t|",
-        "params": {"properties": {"mean": {"enum": ["rows", "batch"], "default": "rows", "description": "Of *what*."}}},
+        "params": {"properties": {"mean": mean}},
         "needs": {"one": READS, "two": READS | {"aligned": True}},
     }
     return Declared("loss", name, "zoo", **(given | changes))  # type: ignore[arg-type]
 
 
 def rendered(*losses: Declared) -> str:
-    return page(Declarations({loss.name: loss for loss in losses}, {}, {}, {}, {}))
+    return page(Declarations({"loss": {loss.name: loss for loss in losses}}))
 
 
 def test_the_committed_page_is_the_generated_one():
@@ -60,7 +61,7 @@ def test_a_section_says_what_is_read_and_when():
     text = rendered(declare("shift", couples=[["mean", "batch"], ["mean", "padded"], ["swap", True]]))
     assert "- reads: both models' `hidden.last`; the student's logits\n" in text
     assert "- with two tokenizers also: the aligner's pairs or spans\n" in text
-    assert "- sends states through heads: `t2s` through the student's\n" in text
+    assert "- sends states of its own through heads: `t2s`\n" in text
     assert "- needs the stage: `projectors`\n" in text
     assert '- couples the samples of a batch with: `mean` `"batch"` or `"padded"`; `swap` `true`\n' in text
 
@@ -78,7 +79,7 @@ def test_text_that_markdown_would_read_is_kept_as_text():
 
 def test_a_parameter_of_the_same_words_is_explained_once():
     text = rendered(declare("shift"), declare("other"))
-    assert '- `mean`: `"rows"` or `"batch"`, default `"rows"`\\\n  Of \\*what\\*.\n' in text
+    assert '- `mean`: `"tokens"` or `"batch"`, default `"tokens"`\\\n  Of \\*what\\*.\n' in text
     assert text.count("Of \\*what\\*.") == 1
     assert "- `mean`: as of [`shift`](#shift)\n" in text
 
@@ -107,6 +108,12 @@ def test_it_is_printed_or_written(site, tmp_path, capsys):
 
 
 def test_deviations_are_sentences():
-    sentences = [sentence for loss in declarations().losses.values() for sentence in loss.deviations]
+    sentences = [sentence for loss in declarations().of("loss").values() for sentence in loss.deviations]
     assert sentences
     assert [sentence for sentence in sentences if not re.fullmatch(r"[A-Z`].*\.", sentence)] == []
+
+
+def test_a_kind_that_nothing_is_said_of_has_a_section_too():
+    declared = Declared("token_weights", "by_doubt", "zoo", "Weighs tokens.", "", "", {})
+    found = page(Declarations({"token_weights": {"by_doubt": declared}}))
+    assert "## Token weights plugins" in found and "### `by_doubt`" in found
