@@ -1,9 +1,9 @@
-"""One forward pass of one model, keeping the sites that somebody declared, packed to the scored rows.
+"""One forward pass of one model, keeping the sites that somebody declared, packed to the scored tokens.
 
 Sites: `hidden.last` (after the final norm: what the head reads), `hidden.<k>` (output of block k), `embed.input` and
-`embed.target` (table rows of the token at, and the token predicted by, each row), `embed.zero` (table row of token 0,
-[1, width]). Of a block that mixes experts: `experts.<k>` or `experts.last` (every expert's own output, [rows, experts,
-width]), `router.<k>` (the router's logits, [rows, experts]), and `fused.<slot>` (what a fusion makes of them). With
+`embed.target` (the table's entry of the token at each position, of the one it predicts), `embed.zero` (of token 0,
+[1, width]). Of a block that mixes experts: `experts.<k>` or `experts.last` (every expert's own output, [N, experts,
+width]), `router.<k>` (the router's logits, [N, experts]), and `fused.<slot>` (what a fusion makes of them). With
 `@all`, the same at every position, prompt and padding included ([B * T, ...]); embeddings have no such form.
 """
 
@@ -19,26 +19,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdzoo.api.batch import Side
+from kdzoo.api.fusion import Experts, Fusion
+from kdzoo.api.model_adapter import Mixture, ModelAdapter
 from kdzoo.errors import KdzooError
-from kdzoo.plugin.contracts import Anatomy, Experts, Fusion, Mixture
-from kdzoo.step.batch import Side
 
 NO_FUSIONS: Mapping[str, Fusion] = MappingProxyType({})
 
 
 def capture(
     model: nn.Module,
-    anatomy: Anatomy,
+    adapter: ModelAdapter,
     side: Side,
     sites: Iterable[str],
     fusions: Mapping[str, Fusion] = NO_FUSIONS,
 ) -> dict[str, Tensor]:
     """Run the model's backbone (never its head) on `side` and return every site asked for.
 
-    With a site `fused.<slot>` comes `fused.<slot>/<name>` [rows] for everything that its fusion watches.
+    With a site `fused.<slot>` comes `fused.<slot>/<name>` [N] for everything that its fusion watches.
     """
     wanted = [_Site.of(name) for name in sorted(set(sites))]
-    count = len(anatomy.blocks(model))
+    count = len(adapter.blocks(model))
     blocks = {
         site: _place(site.block, count, site.name)
         for site in wanted
@@ -49,28 +50,28 @@ def capture(
     mixtures: dict[int, _Mixed] = {}
     with ExitStack() as hooks:
         for index in set(blocks.values()):
-            handle = anatomy.blocks(model)[index].register_forward_hook(partial(_keep_output, outputs, index))
+            handle = adapter.blocks(model)[index].register_forward_hook(partial(_keep_output, outputs, index))
             hooks.callback(handle.remove)
         for index in set(mixed.values()):
-            mixture = anatomy.mixture(model, index)
+            mixture = adapter.mixture(model, index)
             if mixture is None:
                 name = next(site.name for site, block in mixed.items() if block == index)
                 raise KdzooError(f"site '{name}': block {index} of the model has no experts")
             everywhere = any(site.everywhere for site, block in mixed.items() if block == index)
-            mixtures[index] = _Mixed(mixture, None if everywhere else side.rows)
+            mixtures[index] = _Mixed(mixture, None if everywhere else side.positions)
             mixtures[index].listen(hooks)
         fused: dict[str, Tensor] = {}
-        norm = anatomy.norm(model)
+        norm = adapter.norm(model)
 
         def finish(_module: nn.Module, _args: object) -> None:
             for site, block in mixed.items():
                 if site.kind == "fused":
-                    rows = None if site.everywhere else side.rows
-                    fused[site.name] = mixtures[block].fused(fusions[site.part], norm, rows)
+                    positions = None if site.everywhere else side.positions
+                    fused[site.name] = mixtures[block].fused(fusions[site.part], norm, positions)
 
         # Here a sharded norm is whole; called once more after the pass, it would stay so where it is not called again.
         hooks.callback(norm.register_forward_pre_hook(finish).remove)
-        last = anatomy.backbone(model)(
+        last = adapter.backbone(model)(
             input_ids=side.input_ids, attention_mask=side.attention_mask, use_cache=False
         ).last_hidden_state
 
@@ -78,20 +79,20 @@ def capture(
     for site in wanted:
         if site.kind == "hidden":
             every = (outputs[blocks[site]] if site in blocks else last).flatten(0, 1)
-            found[site.name] = every if site.everywhere else every[side.rows]
+            found[site.name] = every if site.everywhere else every[side.positions]
         elif site.kind == "embed":
-            ids = {"input": side.inputs, "target": side.labels, "zero": side.rows.new_zeros(1)}
-            found[site.name] = anatomy.embedding(model)(ids[site.part]) / anatomy.embed_scale(model)
+            ids = {"input": side.inputs, "target": side.labels, "zero": side.positions.new_zeros(1)}
+            found[site.name] = adapter.embedding(model)(ids[site.part]) / adapter.embed_scale(model)
         else:
-            mix, rows = mixtures[mixed[site]], None if site.everywhere else side.rows
+            mix, positions = mixtures[mixed[site]], None if site.everywhere else side.positions
             if site.kind == "fused":
                 fusion = fusions[site.part]
                 found[site.name] = fused[site.name]
                 if not site.everywhere:
-                    watched = fusion.watch(mix.experts(rows))
+                    watched = fusion.watch(mix.experts(positions))
                     found |= {f"{site.name}/{name}": value for name, value in watched.items()}
             else:
-                experts = mix.experts(rows)
+                experts = mix.experts(positions)
                 found[site.name] = experts.outputs if site.kind == "experts" else experts.logits
     return found
 
@@ -156,15 +157,15 @@ def _keep_output(
 
 
 class _Mixed:
-    """One block of experts while the model runs: all of them, on `rows` of [B * T] (None: on every position).
+    """One block of experts while the model runs: all of them, on `positions` of [B * T] (None: on every position).
 
     A sharded module is whole only while it runs, and the engine expects modules in the same order at every pass: so
     experts run inside the model's own call of them, by their `forward`, which the engine does not see.
     """
 
-    def __init__(self, mixture: Mixture, rows: Tensor | None) -> None:
+    def __init__(self, mixture: Mixture, positions: Tensor | None) -> None:
         self._mixture = mixture
-        self._rows = rows
+        self._positions = positions
         self._stream: Tensor | None = None
         self._input: Tensor | None = None
         self._routing: tuple[Tensor, Tensor, Tensor] | None = None
@@ -199,33 +200,33 @@ class _Mixed:
         self._experts = Experts(_every_expert(module, self._input, logits.shape[-1]), logits, dense)
 
     def _cut(self, flat: Tensor) -> Tensor:
-        return flat if self._rows is None else flat[self._rows]
+        return flat if self._positions is None else flat[self._positions]
 
-    def _at(self, rows: Tensor | None) -> Any:
-        """The index of `rows` into what was kept."""
-        return rows if self._rows is None and rows is not None else slice(None)
+    def _at(self, positions: Tensor | None) -> Any:
+        """The index of `positions` into what was kept."""
+        return positions if self._positions is None and positions is not None else slice(None)
 
-    def experts(self, rows: Tensor | None) -> Experts:
+    def experts(self, positions: Tensor | None) -> Experts:
         assert self._experts is not None
-        at = self._at(rows)
+        at = self._at(positions)
         return Experts(self._experts.outputs[at], self._experts.logits[at], self._experts.weights[at])
 
-    def fused(self, fusion: Fusion, norm: nn.Module, rows: Tensor | None) -> Tensor:
+    def fused(self, fusion: Fusion, norm: nn.Module, positions: Tensor | None) -> Tensor:
         """The state [n, D] that the fused output leads to."""
-        state = fusion.fuse(self.experts(rows))
+        state = fusion.fuse(self.experts(positions))
         if fusion.params.into == "alone":
             return state
         assert self._stream is not None
-        at = self._at(rows)
+        at = self._at(positions)
         if self._shared is not None:
             state = state + self._shared[at]
         return norm.forward(self._stream[at] + state)
 
 
 def _every_expert(experts: nn.Module, x: Tensor, count: int) -> Tensor:
-    """Every expert's output [n, E, D], routed to or not, on rows x [n, D]."""
+    """Every expert's output [n, E, D], routed to or not, on states x [n, D]."""
     n, width = x.shape
-    # One call with E copies of the rows, the m-th of them sent to expert m with weight 1.
+    # One call with E copies of the states, the m-th of them sent to expert m with weight 1.
     which = torch.arange(count, device=x.device).repeat_interleave(n)[:, None]
     ones = torch.ones_like(which, dtype=x.dtype)
     return experts.forward(x.repeat(count, 1), which, ones).view(count, n, width).transpose(0, 1)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from kdzoo.plugin.contracts import Anatomy
-from kdzoo.step.batch import Batch
+from kdzoo.api.batch import Batch
+from kdzoo.api.head import HEAD_WEIGHT, Head
+from kdzoo.api.model_adapter import ModelAdapter
+from kdzoo.api.models import Role
 from kdzoo.step.capture import capture
-from kdzoo.step.head import HEAD_WEIGHT, Head
+from kdzoo.step.chunks import CHUNK_BYTES
+from kdzoo.step.inputs import PassInputs
+from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report, weighted_sum
-from kdzoo.step.vocabulary import CHUNK_BYTES, Call, Gather, Slot, VocabularyPass, already_whole
+from kdzoo.step.vocabulary_pass import Gather, VocabularyPass, already_whole
 
 
 class Distiller(nn.Module):
@@ -25,22 +28,21 @@ class Distiller(nn.Module):
     def __init__(
         self,
         student: nn.Module | None,
-        anatomy: Anatomy | None,
-        slots: Sequence[Slot],
+        adapter: ModelAdapter | None,
+        head: Head | None,
+        terms: Sequence[LossTerm],
         gather: Gather = already_whole,
         chunk_bytes: int = CHUNK_BYTES,
-        entries: int | None = None,
     ) -> None:
-        """`entries`: how much of both heads counts, where one tokenizer has heads that are padded differently."""
+        """`head`: the student's, found outside of any forward pass: reading a partitioned parameter inside one would
+        gather it there."""
         super().__init__()
         self.student = student
-        self.losses = _BySlot({slot.name: slot.loss for slot in slots})
-        self.vocabulary = VocabularyPass(slots, gather, chunk_bytes)
-        self.slots = tuple(slots)
-        self.anatomy = anatomy
-        # Found once, outside of any forward pass: reading a partitioned parameter inside one would gather it there.
-        self.head = None if student is None or anatomy is None else replace(anatomy.head(student), entries=entries)
-        self.entries = entries
+        self.losses = _BySlot({term.name: term.loss for term in terms})
+        self.vocabulary = VocabularyPass(terms, gather, chunk_bytes)
+        self.terms = tuple(terms)
+        self.adapter = adapter
+        self.head = head
 
     def forward(
         self,
@@ -55,37 +57,39 @@ class Distiller(nn.Module):
         """The loss of one micro-batch, divided by the global counts, so that micro-batches and ranks add up.
 
         `report` is filled with terms and watched values; with `apart`, and once the loss has gone backward, also with
-        each slot's gradient at the student's last state.
+        each term's gradient at the student's last state.
         """
-        heads = {} if teacher_head is None else {"teacher": replace(teacher_head, entries=self.entries)}
+        heads: dict[Role, Head] = {} if teacher_head is None else {"teacher": teacher_head}
         sites: dict[str, Tensor] = {}
         if self.student is not None:
-            assert batch.student is not None and self.anatomy is not None and self.head is not None
-            wanted = {"hidden.last"}.union(*(slot.needs.student for slot in self.slots)) - {HEAD_WEIGHT}
-            sites = capture(self.student, self.anatomy, batch.student, wanted)
+            assert batch.student is not None and self.adapter is not None and self.head is not None
+            wanted = {"hidden.last"}.union(*(term.needs.student for term in self.terms)) - {HEAD_WEIGHT}
+            sites = capture(self.student, self.adapter, batch.student, wanted)
             heads["student"] = self.head
         for site, value in teacher.items():  # what fusions watch
             fused, _, name = site.removeprefix("fused.").partition("/")
             if name:
                 report.watch(f"fuse.{fused}/{name}", value)
-        loss = self.score(Call(batch, sites, teacher, heads, weights, report, apart))
+        loss = self.score(PassInputs(batch, sites, teacher, heads, weights, report, apart))
         if apart:
             report.listen_to_scale(loss)
         return loss
 
-    def score(self, call: Call) -> Tensor:
+    def score(self, inputs: PassInputs) -> Tensor:
         """From the sites of both models to the loss."""
-        hidden = call.student["hidden.last"] if call.student else call.teacher["hidden.last"]
-        loss, *values = self.vocabulary(hidden, call=call)
-        rows: dict[str, dict[str, Tensor]] = {slot.name: {} for slot in self.slots}
-        for (name, row_name), value in zip(call.row_names, values, strict=True):
-            rows[name][row_name] = value
-        parts = [loss]
-        for slot in self.slots:
-            facts = call.facts.get(slot.name, {})
-            terms = slot.loss.combine(call.batch, *call.views(slot), facts, rows[slot.name])
-            call.report.take(slot.name, terms, call.batch.counts)
-            part = weighted_sum(terms, call.weights[slot.name], call.batch.counts)
+        hidden = inputs.student["hidden.last"] if inputs.student else inputs.teacher["hidden.last"]
+        loss, *values = self.vocabulary(hidden, inputs=inputs)
+        of_tokens: dict[str, dict[str, Tensor]] = {term.name: {} for term in self.terms}
+        for (name, value_name), value in zip(inputs.value_names, values, strict=True):
+            of_tokens[name][value_name] = value
+        parts, counts = [loss], inputs.batch.counts
+        for term in self.terms:
+            step = inputs.with_views(term)
+            step.values = of_tokens[term.name]
+            found = term.loss.finish(step)
+            sums = found.sums
+            inputs.report.take(term.name, sums, {**step.watched.watched, **found.watched}, counts)
+            part = weighted_sum(sums, inputs.weights[term.name], counts)
             if part is not None:
                 parts.append(part)
         return torch.stack(parts).sum() if len(parts) > 1 else loss
@@ -99,35 +103,36 @@ class _BySlot(nn.ModuleDict):
         self._modules[name] = module
 
 
-def teacher_sites(slots: Sequence[Slot]) -> frozenset[str]:
+def teacher_sites(terms: Sequence[LossTerm]) -> frozenset[str]:
     """Everything that the losses want of the teacher; its last state is always there, for its head."""
-    return frozenset({"hidden.last"}).union(*(slot.teacher_sites for slot in slots))
+    return frozenset({"hidden.last"}).union(*(term.teacher_sites for term in terms))
 
 
-def survey(slots: Sequence[Slot], batch: Batch, teacher: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-    """(slot, name) -> what the losses that survey sum up over this batch, in float64."""
-    call = Call(batch, {}, teacher, {}, {}, Report())
+def statistics(terms: Sequence[LossTerm], batch: Batch, teacher: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
+    """(term, name) -> what the losses that ask for statistics sum up over this batch, in float64."""
+    inputs = PassInputs(batch, {}, teacher, {}, {}, Report())
     return {
-        (slot.name, name): value.double()
-        for slot in slots
-        if slot.needs.survey
-        for name, value in slot.loss.survey(batch, call.views(slot)[1]).items()
+        (term.name, name): value.double()
+        for term in terms
+        if term.loss.reads_statistics()
+        for name, value in term.loss.statistics(inputs.step(term)).items()
     }
 
 
+def start_from_statistics(terms: Sequence[LossTerm], sums: Mapping[tuple[str, str], Tensor]) -> None:
+    """Hand each loss that asks for statistics its sums over all batches and ranks."""
+    for term in terms:
+        if term.loss.reads_statistics():
+            own = {name: value.cpu() for (owner, name), value in sums.items() if owner == term.name}
+            term.loss.start_from_statistics(own)
+
+
 @torch.no_grad()
-def set_up(slots: Sequence[Slot], heads: Mapping[str, Head], gather: Gather = already_whole) -> None:
-    """Show each loss the whole heads that it declares. Every rank comes here with the same slots."""
-    for slot in slots:
-        declared = {"student": slot.needs.student, "teacher": slot.needs.teacher}
+def start_from_heads(terms: Sequence[LossTerm], heads: Mapping[Role, Head], gather: Gather = already_whole) -> None:
+    """Show each loss the whole heads that it declares. Every rank comes here with the same terms."""
+    for term in terms:
+        declared = {"student": term.needs.student, "teacher": term.needs.teacher}
         shown = {name: head for name, head in heads.items() if HEAD_WEIGHT in declared[name]}
         if shown:
             with gather([head.weight for head in shown.values()]):
-                slot.loss.setup({name: head.rows.detach() for name, head in shown.items()})
-
-
-def prepare(slots: Sequence[Slot], sums: Mapping[tuple[str, str], Tensor]) -> None:
-    """Hand each loss that surveys its sums over all batches and ranks."""
-    for slot in slots:
-        if slot.needs.survey:
-            slot.loss.prepare({name: value.cpu() for (owner, name), value in sums.items() if owner == slot.name})
+                term.loss.start_from_heads({name: head.rows.detach() for name, head in shown.items()})

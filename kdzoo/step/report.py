@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kdzoo.step.batch import Per
-from kdzoo.step.terms import Terms
+from kdzoo.api.batch import Reduction
+
+Sums = Mapping[str, tuple[Tensor, Reduction]]
+"""Term -> its sum, and what it is divided by."""
+
+Counts = Mapping[Reduction, float]
 
 
 @dataclass
@@ -27,16 +31,16 @@ class Report:
     _apart: dict[str, Tensor] = field(default_factory=dict)
     _scale: Tensor | None = None
 
-    def take(self, slot: str, terms: Terms, counts: Mapping[Per, float]) -> None:
-        for name, (value, per) in terms.sums.items():
+    def take(self, slot: str, sums: Sums, watched: Mapping[str, tuple[Tensor, Tensor]], counts: Counts) -> None:
+        for name, (value, per) in sums.items():
             key = f"{slot}/{name}"
             share = value.detach() / max(counts[per], 1.0)
             self.terms[key] = self.terms[key] + share if key in self.terms else share
-        for name, (total, count) in terms.watched.items():
+        for name, (total, count) in watched.items():
             self._add_watched(f"{slot}/{name}", total, count)
 
     def watch(self, key: str, values: Tensor) -> None:
-        """Values of rows, by their mean."""
+        """Values of tokens, by their mean."""
         self._add_watched(key, values.sum(), torch.tensor(float(len(values)), device=values.device))
 
     def _add_watched(self, key: str, total: Tensor, count: Tensor) -> None:
@@ -44,7 +48,7 @@ class Report:
             total, count = self.watched[key][0] + total, self.watched[key][1] + count
         self.watched[key] = (total, count)
 
-    # A slot's gradient at the student's last state has two parts: from the student's own rows, which the pass makes
+    # A slot's gradient at the student's last state has two parts: from the student's own tokens, which the pass makes
     # chunk by chunk, and from what the slot computes of the state itself, which arrives with the backward pass.
 
     def gradient_of(self, slot: str, state: Tensor) -> Tensor:
@@ -59,12 +63,12 @@ class Report:
         assert self._scale is not None
         return self._scale
 
-    def listen(self, slot: str, state: Tensor, rows: Tensor | None = None) -> Tensor:
-        """The same state, of which what comes back (on these `rows` of it) is kept as this slot's."""
+    def listen(self, slot: str, state: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The same state, of which what comes back (at these `positions` of it) is kept as this slot's."""
         if not (state.requires_grad and torch.is_grad_enabled()):
             return state
         alias = state.view_as(state)
-        alias.register_hook(lambda gradient: self._hear(slot, gradient if rows is None else gradient[rows]))
+        alias.register_hook(lambda gradient: self._hear(slot, gradient if positions is None else gradient[positions]))
         return alias
 
     def _hear(self, slot: str, gradient: Tensor) -> None:
@@ -87,7 +91,7 @@ class Report:
         self._apart.clear()
 
 
-def weighted_sum(terms: Terms, weight: float, counts: Mapping[Per, float]) -> Tensor | None:
+def weighted_sum(sums: Sums, weight: float, counts: Counts) -> Tensor | None:
     """sum of weight * value / count over the terms of one loss; None where it has none."""
-    parts = [value * (weight / max(counts[per], 1.0)) for value, per in terms.sums.values()]
+    parts = [value * (weight / max(counts[per], 1.0)) for value, per in sums.values()]
     return torch.stack(parts).sum() if parts else None

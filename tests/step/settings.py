@@ -11,40 +11,40 @@ from torch import Tensor, nn
 
 from kdzoo import (
     Batch,
-    Chunk,
     Head,
+    Logits,
     Loss,
-    ModelFacts,
-    Models,
+    ModelInfo,
+    ModelPair,
     Needs,
     NoParams,
-    Own,
-    OwnStream,
     Side,
+    Step,
+    Stream,
     Terms,
-    View,
-    Visit,
     ops,
+    visit,
 )
 from kdzoo.step.distiller import Distiller
+from kdzoo.step.inputs import PassInputs
+from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report
-from kdzoo.step.vocabulary import Call, Slot
 
 S, D = 5, 6  # widths of student and teacher
 V, W = 9, 11  # their vocabularies with two tokenizers; with one, both have V
-SAME = ([4, 1, 6], [4, 1, 6])  # rows of each sequence, student and teacher
+SAME = ([4, 1, 6], [4, 1, 6])  # tokens of each sequence, student and teacher
 TWO = ([4, 1, 6], [5, 1, 3])
 
 
-def make_side(rows: Sequence[int], vocabulary: int, span: Tensor | None = None, prompt: int = 2) -> Side:
-    """Sequences of a `prompt` and so many scored rows, with random tokens."""
-    length = prompt + max(rows, default=0)
-    ids = torch.randint(vocabulary, (len(rows), length))
-    place = torch.cat([b * length + prompt - 1 + torch.arange(n) for b, n in enumerate(rows)]).long()
+def make_side(tokens: Sequence[int], vocabulary: int, span: Tensor | None = None, prompt: int = 2) -> Side:
+    """Sequences of a `prompt` and so many scored tokens, with random tokens."""
+    length = prompt + max(tokens, default=0)
+    ids = torch.randint(vocabulary, (len(tokens), length))
+    place = torch.cat([b * length + prompt - 1 + torch.arange(n) for b, n in enumerate(tokens)]).long()
     return Side(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        rows=place,
+        positions=place,
         labels=torch.randint(vocabulary, (len(place),)),
         inputs=ids.flatten()[place],
         sample=place // length,
@@ -53,7 +53,7 @@ def make_side(rows: Sequence[int], vocabulary: int, span: Tensor | None = None, 
 
 
 Losses = Mapping[str, tuple[Loss, float]]
-"""Slot -> a loss and its weight."""
+"""LossTerm -> a loss and its weight."""
 
 
 @dataclass
@@ -90,28 +90,28 @@ class Setting:
     teacher_embed: Tensor  # [W, D]
 
     @property
-    def models(self) -> Models:
-        return Models(
-            teacher=ModelFacts(self.teacher_hidden.shape[1], len(self.teacher_head.weight), 1, "test"),
-            student=ModelFacts(self.hidden.shape[1], len(self.head.weight), 1, "test"),
+    def pair(self) -> ModelPair:
+        return ModelPair(
+            student=ModelInfo(self.hidden.shape[1], len(self.head.weight), 1, "test"),
+            teacher=ModelInfo(self.teacher_hidden.shape[1], len(self.teacher_head.weight), 1, "test"),
             same_tokens=self.batch.same_tokens,
         )
 
     def make(
-        self, loss: type[Loss], artefacts: Mapping[str, Mapping[str, Tensor]] | None = None, **params: Any
+        self, loss: type[Loss], artifacts: Mapping[str, Mapping[str, Tensor]] | None = None, **params: Any
     ) -> Loss:
         """The loss, with weights in the precision of the states."""
-        made = loss(loss.Params.model_validate(params), self.models, artefacts or {})
+        made = loss(loss.Params.model_validate(params), self.pair, artifacts or {})
         return made.to(self.hidden.dtype)
 
     def logits(self) -> Tensor:
-        """The student's, all rows at once."""
+        """The student's, all tokens at once."""
         return self.head.finish(self.hidden @ self.head.weight.T, self.head.bias)
 
     def teacher_logits(self) -> Tensor:
         return self.teacher_head.finish(self.teacher_hidden @ self.teacher_head.weight.T, self.teacher_head.bias)
 
-    def call(self, losses: Losses) -> Call:
+    def inputs(self, losses: Losses) -> PassInputs:
         def sites(side: Side, hidden: Tensor, embed: Tensor) -> dict[str, Tensor]:
             return {
                 "hidden.last": hidden,
@@ -120,7 +120,7 @@ class Setting:
             }
 
         assert self.batch.student is not None and self.batch.teacher is not None
-        return Call(
+        return PassInputs(
             self.batch,
             sites(self.batch.student, self.hidden, self.embed),
             sites(self.batch.teacher, self.teacher_hidden, self.teacher_embed),
@@ -129,19 +129,17 @@ class Setting:
             Report(),
         )
 
-    def score(self, losses: Losses, chunk_rows: int | None = None) -> tuple[Tensor, Call]:
+    def score(self, losses: Losses, chunk_tokens: int | None = None) -> tuple[Tensor, PassInputs]:
         """The loss, not yet differentiated."""
-        same = self.batch.same_tokens
-        slots = [Slot(name, loss, loss.needs(loss.params, same)) for name, (loss, _) in losses.items()]
-        size = {} if chunk_rows is None else {"chunk_bytes": 4 * chunk_rows * (V + W)}
-        call = self.call(losses)
-        return Distiller(None, None, slots, **size).score(call), call
+        inputs = self.inputs(losses)
+        return distiller(losses, chunk_tokens).score(inputs), inputs
 
-    def run(self, losses: Losses, chunk_rows: int | None = None) -> Outcome:
+    def run(self, losses: Losses, chunk_tokens: int | None = None) -> Outcome:
         self.forget(losses)
-        loss, call = self.score(losses, chunk_rows)
+        loss, inputs = self.score(losses, chunk_tokens)
         loss.backward()
-        return Outcome(loss.detach(), self.gradients(losses), call.report, call.facts)
+        facts = {name: step.facts for name, step in inputs.steps.items()}
+        return Outcome(loss.detach(), self.gradients(losses), inputs.report, facts)
 
     def part(self, sequences: Sequence[int]) -> Setting:
         """These sequences as a micro-batch, with the denominators of the whole."""
@@ -181,8 +179,15 @@ class Setting:
         return {n: leaf.grad.clone() for n, leaf in self._leaves(losses).items() if leaf.grad is not None}
 
 
+def distiller(losses: Losses, chunk_tokens: int | None = None) -> Distiller:
+    """Losses alone, in chunks of so many tokens of both models."""
+    size = {} if chunk_tokens is None else {"chunk_bytes": 4 * chunk_tokens * (V + W)}
+    terms = [LossTerm.of(name, loss) for name, (loss, _) in losses.items()]
+    return Distiller(None, None, None, terms, **size)
+
+
 def _sequences(side: Side, sequences: Sequence[int]) -> tuple[Side, Tensor]:
-    """The side of these sequences alone (in ascending order), and which rows they hold."""
+    """The side of these sequences alone (in ascending order), and which tokens they hold."""
     chosen = torch.tensor(sequences)
     kept = torch.isin(side.sample, chosen)
     sample = torch.searchsorted(chosen, side.sample[kept])
@@ -190,7 +195,7 @@ def _sequences(side: Side, sequences: Sequence[int]) -> tuple[Side, Tensor]:
     part = Side(
         side.input_ids[chosen],
         side.attention_mask[chosen],
-        side.rows[kept] % length + sample * length,
+        side.positions[kept] % length + sample * length,
         side.labels[kept],
         side.inputs[kept],
         sample,
@@ -201,7 +206,7 @@ def _sequences(side: Side, sequences: Sequence[int]) -> tuple[Side, Tensor]:
 
 def make_setting(
     same_tokens: bool = True,
-    rows: tuple[Sequence[int], Sequence[int]] | None = None,
+    tokens: tuple[Sequence[int], Sequence[int]] | None = None,
     *,
     bias: bool = False,
     scale: float = 1.0,
@@ -209,16 +214,16 @@ def make_setting(
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
 ) -> Setting:
-    """Two models' rows; with two tokenizers, some rows are pairs and most lie in spans."""
+    """Two models' tokens; with two tokenizers, some tokens are pairs and most lie in spans."""
     torch.manual_seed(seed)
-    student_rows, teacher_rows = rows or (SAME if same_tokens else TWO)
-    student = make_side(student_rows, V)
+    student_tokens, teacher_tokens = tokens or (SAME if same_tokens else TWO)
+    student = make_side(student_tokens, V)
     if same_tokens:
         teacher = replace(student)
         n = len(student)
         pairs = torch.arange(n)[:, None].expand(n, 2)
     else:
-        teacher = make_side(teacher_rows, W)
+        teacher = make_side(teacher_tokens, W)
         pairs = torch.empty(0, 2, dtype=torch.long)
     width = V if same_tokens else W
 
@@ -242,12 +247,12 @@ def make_setting(
 
 
 def make_paired_setting(seed: int = 0) -> Setting:
-    """Two tokenizers by hand: sequence 0 has 4 / 5 rows, 1 has 1 / 1, 2 has 6 / 3."""
+    """Two tokenizers by hand: sequence 0 has 4 / 5 tokens, 1 has 1 / 1, 2 has 6 / 3."""
     setting = make_setting(same_tokens=False, seed=seed)
     batch = setting.batch
     assert batch.student is not None and batch.teacher is not None
-    # Sequence 0: rows 0 | 0, then 1 2 | 1, then 3 | 2 3; teacher row 4 alone.
-    # Sequence 1: 4 | 5. Sequence 2: 5 6 7 | 6, then 8 | 7; 9, 10 and teacher row 8 alone.
+    # Sequence 0: tokens 0 | 0, then 1 2 | 1, then 3 | 2 3; teacher token 4 alone.
+    # Sequence 1: 4 | 5. Sequence 2: 5 6 7 | 6, then 8 | 7; 9, 10 and teacher token 8 alone.
     student = replace(batch.student, span=torch.tensor([0, 1, 1, 2, 3, 4, 4, 4, 5, -1, -1]))
     teacher = replace(batch.teacher, span=torch.tensor([0, 1, 2, 2, -1, 3, 4, 5, -1]))
     pairs = torch.tensor([[0, 0], [4, 5], [8, 7]])
@@ -268,51 +273,31 @@ class Gold(TestLoss):
 
     name = "gold"
 
-    @classmethod
-    def needs(cls, params: NoParams, same_tokens: bool) -> Needs:
-        return Needs(visits=(Visit("gold", ("student",)),))
-
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
-        return Terms().add("nll", ops.cross_entropy(chunk.logprobs("student"), chunk.labels("student")).sum())
+    @visit
+    def gold(self, student: Logits) -> Terms:
+        return Terms().add("nll", ops.cross_entropy(student.logprobs(), student.labels))
 
 
-class GoldRows(TestLoss):
-    """Cross-entropy as values of rows, added up afterwards."""
+class GoldTokens(TestLoss):
+    """Cross-entropy as values of tokens, added up afterwards."""
 
-    name = "gold_rows"
+    name = "gold_tokens"
 
-    @classmethod
-    def needs(cls, params: NoParams, same_tokens: bool) -> Needs:
-        return Needs(visits=(Visit("gold", ("student",), kind="rows"),))
+    @visit(kind="tokens")
+    def gold(self, student: Logits) -> Mapping[str, Tensor]:
+        return {"nll": ops.cross_entropy(student.logprobs(), student.labels)}
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Mapping[str, Tensor]:
-        return {"nll": ops.cross_entropy(chunk.logprobs("student"), chunk.labels("student"))}
-
-    def combine(
-        self,
-        batch: Batch,
-        student: View,
-        teacher: View,
-        facts: Mapping[str, Tensor],
-        rows: Mapping[str, Tensor],
-    ) -> Terms:
-        return Terms().add("nll", rows["gold.nll"].sum())
+    def finish(self, step: Step) -> Terms:
+        return Terms().add("nll", step.values["gold.nll"])
 
 
-class Worst(GoldRows):
-    """log mean exp of each sequence's cross-entropies: no sum over rows."""
+class Worst(GoldTokens):
+    """log mean exp of each sequence's cross-entropies: no sum over tokens."""
 
     name = "worst"
 
-    def combine(
-        self,
-        batch: Batch,
-        student: View,
-        teacher: View,
-        facts: Mapping[str, Tensor],
-        rows: Mapping[str, Tensor],
-    ) -> Terms:
-        return Terms().add("worst", log_mean_exp(rows["gold.nll"], student.side).sum(), per="sequences")
+    def finish(self, step: Step) -> Terms:
+        return Terms().add("worst", log_mean_exp(step.values["gold.nll"], step.student.side), per="sequences")
 
 
 def log_mean_exp(values: Tensor, side: Side) -> Tensor:
@@ -321,129 +306,108 @@ def log_mean_exp(values: Tensor, side: Side) -> Tensor:
 
 
 class Truncated(TestLoss):
-    """KL over the first tokens of both vocabularies, on pairs."""
+    """KL over the first entries of both vocabularies, on pairs."""
 
     name = "truncated"
-    kind = "sum"
 
     @classmethod
     def needs(cls, params: NoParams, same_tokens: bool) -> Needs:
-        return Needs(visits=(Visit("pairs", ("student", "teacher"), kind=cls.kind),), aligned=True)
+        return Needs(aligned=True)
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms | Mapping[str, Tensor]:
-        return Terms().add("kl", truncated_kl(chunk.logits("student"), chunk.logits("teacher")).sum(), per="pairs")
+    @visit
+    def pairs(self, student: Logits, teacher: Logits) -> Terms:
+        return Terms().add("kl", truncated_kl(student.logits, teacher.logits), per="pairs")
 
 
-class TruncatedRows(Truncated):
-    """The same by rows: their order is that of the pairs."""
+class TruncatedTokens(TestLoss):
+    """The same as values: their order is that of the pairs."""
 
-    name = "truncated_rows"
-    kind = "rows"
+    name = "truncated_tokens"
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms | Mapping[str, Tensor]:
-        return {"kl": truncated_kl(chunk.logits("student"), chunk.logits("teacher"))}
+    @classmethod
+    def needs(cls, params: NoParams, same_tokens: bool) -> Needs:
+        return Needs(aligned=True)
 
-    def combine(
-        self,
-        batch: Batch,
-        student: View,
-        teacher: View,
-        facts: Mapping[str, Tensor],
-        rows: Mapping[str, Tensor],
-    ) -> Terms:
-        return Terms().add("kl", rows["pairs.kl"].sum(), per="pairs")
+    @visit(kind="tokens")
+    def pairs(self, student: Logits, teacher: Logits) -> Mapping[str, Tensor]:
+        return {"kl": truncated_kl(student.logits, teacher.logits)}
+
+    def finish(self, step: Step) -> Terms:
+        return Terms().add("kl", step.values["pairs.kl"], per="pairs")
 
 
 def truncated_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    tokens = min(student.shape[-1], teacher.shape[-1]) - 1
-    log_q, log_p = student[:, :tokens].log_softmax(-1), teacher[:, :tokens].log_softmax(-1)
+    entries = min(student.shape[-1], teacher.shape[-1]) - 1
+    log_q, log_p = student[:, :entries].log_softmax(-1), teacher[:, :entries].log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 class OnWrong(TestLoss):
-    """Cross-entropy where the teacher is wrong, and of a projected teacher state there: waits for facts."""
+    """Cross-entropy where the teacher is wrong, and of a shifted student state there: waits for facts."""
 
     name = "on_wrong"
 
     @classmethod
     def needs(cls, params: NoParams, same_tokens: bool) -> Needs:
-        return Needs(
-            student=frozenset({"hidden.last"}),
-            facts=("teacher.correct",),
-            streams=(OwnStream("shifted", "own", head="student", learns_head=True),),
-            visits=(Visit("seen", ("student",), facts=("teacher.correct",)), Visit("wrong", ("shifted",))),
-        )
+        return Needs(student=frozenset({"hidden.last"}), facts=frozenset({"teacher.correct"}))
 
-    def __init__(self, params: NoParams, models: Models, artefacts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        super().__init__(params, models, artefacts)
-        assert models.student is not None
-        self.shift = nn.Linear(models.student.width, models.student.width)
+    def build(self, student: ModelInfo, teacher: ModelInfo, artifacts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.shift = nn.Linear(student.width, student.width)
 
-    def streams(self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor]) -> Mapping[str, Own]:
-        wrong = ~facts["teacher.correct"]
-        return {"shifted": Own(self.shift(student["hidden.last"])[wrong], student.labels[wrong])}
+    def streams_after_facts(self, step: Step) -> Mapping[str, Stream]:
+        wrong = ~step.facts["teacher.correct"]
+        shifted, labels = self.shift(step.student["hidden.last"])[wrong], step.student.labels[wrong]
+        return {"shifted": Stream(shifted, head="student", labels=labels, learns_head=True)}
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
-        if visit == "wrong":
-            return Terms().add("shifted", ops.cross_entropy(chunk.logprobs("shifted"), chunk.labels("shifted")).sum())
-        nll = ops.cross_entropy(chunk.logprobs("student"), chunk.labels("student"))
-        return Terms().add("seen", torch.where(chunk.facts["teacher.correct"], 0.0, nll).sum())
+    @visit
+    def seen(self, student: Logits) -> Terms:
+        nll = ops.cross_entropy(student.logprobs(), student.labels)
+        return Terms().add("seen", torch.where(student.fact("teacher.correct"), 0.0, nll))
+
+    @visit
+    def wrong(self, shifted: Logits) -> Terms:
+        return Terms().add("shifted", ops.cross_entropy(shifted.logprobs(), shifted.labels))
 
 
 class Crossed(TestLoss):
-    """Own streams beside both models' rows, each seen beside the model and beside the other's rows."""
+    """Own streams beside both models' tokens, each seen beside the model and beside the other's tokens."""
 
     name = "crossed"
 
     @classmethod
     def needs(cls, params: NoParams, same_tokens: bool) -> Needs:
-        return Needs(
-            student=frozenset({"hidden.last"}),
-            teacher=frozenset({"hidden.last"}),
-            streams=(
-                OwnStream("mine", "student", head="student", learns_head=True),
-                OwnStream("theirs", "teacher", head="teacher"),
-            ),
-            visits=(
-                Visit("students", ("student", "mine")),
-                Visit("teachers", ("teacher", "theirs")),
-                Visit("both", ("student", "theirs")),
-            ),
-            aligned=True,
-        )
+        return Needs(student=frozenset({"hidden.last"}), teacher=frozenset({"hidden.last"}), aligned=True)
 
-    def __init__(self, params: NoParams, models: Models, artefacts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        super().__init__(params, models, artefacts)
-        assert models.student is not None and models.teacher is not None
-        self.mine = nn.Linear(models.student.width, models.student.width)
-        self.theirs = nn.Linear(models.teacher.width, models.teacher.width)
+    def build(self, student: ModelInfo, teacher: ModelInfo, artifacts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.of_student = nn.Linear(student.width, student.width)
+        self.of_teacher = nn.Linear(teacher.width, teacher.width)
 
-    def streams(self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor]) -> Mapping[str, Own]:
+    def streams(self, step: Step) -> Mapping[str, Stream]:
+        mine, theirs = self.of_student(step.student["hidden.last"]), self.of_teacher(step.teacher["hidden.last"])
         return {
-            "mine": Own(self.mine(student["hidden.last"])),
-            "theirs": Own(self.theirs(teacher["hidden.last"])),
+            "mine": Stream(mine, head="student", beside="student", learns_head=True),
+            "theirs": Stream(theirs, head="teacher", beside="teacher"),
         }
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
-        if visit == "students":
-            kl = ops.forward_kl(chunk.logprobs("mine"), chunk.logprobs("student", 2.0))
-            return Terms().add("students", kl.sum())
-        if visit == "teachers":
-            kl = ops.reverse_kl(chunk.logprobs("teacher"), chunk.logprobs("theirs"))
-            return Terms().add("teachers", kl.sum(), per="teacher_rows")
-        return Terms().add("both", truncated_kl(chunk.logits("student"), chunk.logits("theirs")).sum(), per="pairs")
+    @visit
+    def students(self, student: Logits, mine: Logits) -> Terms:
+        return Terms().add("students", ops.forward_kl(mine.logprobs(), student.logprobs(2.0)))
+
+    @visit
+    def teachers(self, teacher: Logits, theirs: Logits) -> Terms:
+        return Terms().add("teachers", ops.reverse_kl(teacher.logprobs(), theirs.logprobs()), per="teacher_tokens")
+
+    @visit
+    def both(self, student: Logits, theirs: Logits) -> Terms:
+        return Terms().add("both", truncated_kl(student.logits, theirs.logits), per="pairs")
 
     def naive(self, setting: Setting) -> Tensor:
         batch, head, teacher_head = setting.batch, setting.head, setting.teacher_head
-        mine = self.mine(setting.hidden) @ head.weight.T
-        theirs = self.theirs(setting.teacher_hidden) @ teacher_head.weight.T
+        mine = self.of_student(setting.hidden) @ head.weight.T
+        theirs = self.of_teacher(setting.teacher_hidden) @ teacher_head.weight.T
         q = (setting.logits() / 2.0).log_softmax(-1)
-        log_m, log_t, log_p = (
-            mine.log_softmax(-1),
-            theirs.log_softmax(-1),
-            setting.teacher_logits().log_softmax(-1),
-        )
-        students = (log_m.exp() * (log_m - q)).sum() / batch.counts["rows"]
-        teachers = (log_t.exp() * (log_t - log_p)).sum() / batch.counts["teacher_rows"]
+        log_m, log_t, log_p = (x.log_softmax(-1) for x in (mine, theirs, setting.teacher_logits()))
+        students = (log_m.exp() * (log_m - q)).sum() / batch.counts["tokens"]
+        teachers = (log_t.exp() * (log_t - log_p)).sum() / batch.counts["teacher_tokens"]
         pairs = truncated_kl(setting.logits()[batch.pairs[:, 0]], theirs[batch.pairs[:, 1]])
         return students + teachers + pairs.sum() / batch.counts["pairs"]

@@ -1,4 +1,4 @@
-"""Attention to the teacher's rows of a sequence: in blocks, and equal to what it is without them."""
+"""Attention to the teacher's tokens of a sequence: in blocks, and equal to what it is without them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from kdzoo import Side, ops
 
 A, WIDTH = 4, 3
-ROWS = [
+TOKENS = [
     ([4, 1, 6], [5, 1, 3]),
     ([3], [7]),
     ([4, 2, 6], [5, 0, 3]),  # a sequence without keys
@@ -23,13 +23,13 @@ ROWS = [
     ([0, 0], [4, 2]),
     ([0], [0]),
 ]
-IN_EVERY_SHAPE = pytest.mark.parametrize("rows", ROWS, ids=str)
+IN_EVERY_SHAPE = pytest.mark.parametrize("tokens", TOKENS, ids=str)
 
 
-def make(rows: tuple[Sequence[int], Sequence[int]], dtype: torch.dtype = torch.float64) -> tuple[Side, Side, list]:
+def make(tokens: tuple[Sequence[int], Sequence[int]], dtype: torch.dtype = torch.float64) -> tuple[Side, Side, list]:
     """Both sides, and leaves: queries [N, A], keys [M, A], values [M, width]."""
     torch.manual_seed(0)
-    student, teacher = make_side(rows[0], 9), make_side(rows[1], 9)
+    student, teacher = make_side(tokens[0], 9), make_side(tokens[1], 9)
     shapes = (len(student), A), (len(teacher), A), (len(teacher), WIDTH)
     return student, teacher, [(2 * torch.randn(*s, dtype=dtype)).requires_grad_() for s in shapes]
 
@@ -54,8 +54,8 @@ def gradients(mixed: Tensor, leaves: list[Tensor]) -> list[Tensor]:
 
 @IN_EVERY_SHAPE
 @pytest.mark.parametrize("block_bytes", [1, 100, 300, ops.ATTENTION_BYTES])
-def test_it_is_attention_within_each_sequence(rows, block_bytes):
-    student, teacher, leaves = make(rows)
+def test_it_is_attention_within_each_sequence(tokens, block_bytes):
+    student, teacher, leaves = make(tokens)
     mixed, entropy = ops.attend(*leaves, student, teacher, block_bytes=block_bytes)
     expected, expected_entropy = plain(*leaves, student, teacher)
     torch.testing.assert_close(mixed, expected)
@@ -65,8 +65,8 @@ def test_it_is_attention_within_each_sequence(rows, block_bytes):
 
 
 @IN_EVERY_SHAPE
-def test_entropies_carry_no_gradient(rows):
-    student, teacher, leaves = make(rows)
+def test_entropies_carry_no_gradient(tokens):
+    student, teacher, leaves = make(tokens)
     for block_bytes in (1, ops.ATTENTION_BYTES):
         assert not ops.attend(*leaves, student, teacher, block_bytes=block_bytes)[1].requires_grad
 
@@ -78,10 +78,10 @@ def test_a_sequence_without_keys_gives_zeros():
     assert (gradients(mixed, leaves)[0][student.sample == 1] == 0).all()
 
 
-@pytest.mark.parametrize("rows", [([4, 2], [0, 0]), ([0, 0], [4, 2]), ([0], [0])], ids=str)
-def test_where_there_is_nothing_the_graph_is_whole(rows):
-    """Every rank must train the same modules, also one without rows."""
-    student, teacher, leaves = make(rows)
+@pytest.mark.parametrize("tokens", [([4, 2], [0, 0]), ([0, 0], [4, 2]), ([0], [0])], ids=str)
+def test_where_there_is_nothing_the_graph_is_whole(tokens):
+    """Every rank must train the same modules, also one without tokens."""
+    student, teacher, leaves = make(tokens)
     mixed, _ = ops.attend(*leaves, student, teacher)
     found = torch.autograd.grad(mixed.sum(), leaves, allow_unused=True)
     assert all(gradient is not None and (gradient == 0).all() for gradient in found)
@@ -101,7 +101,7 @@ def blocks_seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize(("size", "blocks"), [(1, [1] * 6), (2, [2, 2, 2]), (4, [4, 2]), (5, [5, 1]), (6, []), (9, [])])
 def test_blocks_of_any_size_give_the_same(size, blocks, monkeypatch):
-    student, teacher, leaves = make(ROWS[0])
+    student, teacher, leaves = make(TOKENS[0])
     whole, entropy = ops.attend(*leaves, student, teacher)
     seen = blocks_seen(monkeypatch)
     one_query = 3 * 5 * 8  # its scores in every sequence, padded
@@ -131,14 +131,14 @@ def test_even_and_one_sided_attention(scale, size):
 
 
 @pytest.mark.parametrize("block_bytes", [1, 100, ops.ATTENTION_BYTES])
-@pytest.mark.parametrize("rows", [ROWS[0], ROWS[2], ROWS[3]], ids=str)
-def test_bfloat16_stays_near_float64(rows, block_bytes):
-    student, teacher, leaves = make(rows, torch.bfloat16)
+@pytest.mark.parametrize("tokens", [TOKENS[0], TOKENS[2], TOKENS[3]], ids=str)
+def test_bfloat16_stays_near_float64(tokens, block_bytes):
+    student, teacher, leaves = make(tokens, torch.bfloat16)
     mixed, entropy = ops.attend(*leaves, student, teacher, block_bytes=block_bytes)
     assert mixed.dtype == torch.bfloat16 and entropy.dtype == torch.float32
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected, expected_entropy = plain(*exact, student, teacher)
-    if rows == ROWS[2]:
+    if tokens == TOKENS[2]:
         expected_entropy = expected_entropy.nan_to_num()
     torch.testing.assert_close(mixed.double(), expected, rtol=0.03, atol=0.03)
     torch.testing.assert_close(entropy.double(), expected_entropy.detach(), rtol=0.03, atol=0.03)
@@ -150,10 +150,10 @@ def test_bfloat16_stays_near_float64(rows, block_bytes):
 # Memory.
 
 
-def peak(sequences: int, rows: int, low: int = 64) -> int:
+def peak(sequences: int, tokens: int, low: int = 64) -> int:
     """The most bytes that attention and its backward pass hold at once, beyond their inputs."""
-    student, teacher = make_side([rows] * sequences, 9), make_side([rows] * sequences, 9)
-    leaves = [torch.randn(sequences * rows, low).requires_grad_() for _ in range(3)]
+    student, teacher = make_side([tokens] * sequences, 9), make_side([tokens] * sequences, 9)
+    leaves = [torch.randn(sequences * tokens, low).requires_grad_() for _ in range(3)]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         ops.attend(*leaves, student, teacher)[0].sum().backward()
     assert all(leaf.grad is not None for leaf in leaves)
@@ -161,14 +161,12 @@ def peak(sequences: int, rows: int, low: int = 64) -> int:
     return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
-@pytest.mark.parametrize(
-    ("sequences", "rows"),
-    [(1, 4096), pytest.param(1, 8192, marks=pytest.mark.slow), pytest.param(8, 4096, marks=pytest.mark.slow)],
-)
-def test_memory_does_not_grow_with_queries_times_keys(sequences, rows):
-    # Scores, weights and gradients of one block; padded inputs, results and gradients of [rows, 64].
-    bound = 5 * ops.ATTENTION_BYTES + 10 * sequences * rows * 64 * 4
-    assert peak(sequences, rows) < bound
-    scores_and_weights = 2 * sequences * rows * rows * 4  # in float32, kept for the way back: without blocks
+@pytest.mark.slow
+@pytest.mark.parametrize(("sequences", "tokens"), [(1, 4096), (1, 8192), (8, 4096)])
+def test_memory_does_not_grow_with_queries_times_keys(sequences, tokens):
+    # Scores, weights and gradients of one block; padded inputs, results and gradients of [tokens, 64].
+    bound = 5 * ops.ATTENTION_BYTES + 10 * sequences * tokens * 64 * 4
+    assert peak(sequences, tokens) < bound
+    scores_and_weights = 2 * sequences * tokens * tokens * 4  # in float32, kept for the way back: without blocks
     assert bound < 0.75 * scores_and_weights
-    assert rows == sequences * 4096 or bound < 0.2 * scores_and_weights
+    assert tokens == sequences * 4096 or bound < 0.2 * scores_and_weights

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from kdzoo import Anatomy, Experts, Fusion, FusionParams
+from kdzoo import Experts, Fusion, FusionParams, ModelAdapter
+from kdzoo.api.batch import Side
 from kdzoo.errors import KdzooError
-from kdzoo.step.batch import Side
 from kdzoo.step.capture import capture
 from kdzoo.testing.tiny import tiny_batch, tiny_model
-from kdzoo_anatomies import Llama, Mixtral, Qwen2MoE, QwenMoE, Routed
 from kdzoo_fusions import ExpertAttention, ExpertMean, RouterWeighted
+from kdzoo_model_adapters import Llama, Mixtral, Qwen2MoE, QwenMoE, Routed
 
 V, E, D = 61, 4, 48
 LENGTHS = [(4, 9, 9), (6, 1, 1), (3, 14, 14)]
-ROWS, POSITIONS = 24, 51
-ANATOMIES: dict[str, Anatomy] = {f: kind() for kind in (Mixtral, Routed, QwenMoE, Qwen2MoE) for f in kind.families}
+TOKENS, POSITIONS = 24, 51
+ADAPTERS: dict[str, ModelAdapter] = {f: kind() for kind in (Mixtral, Routed, QwenMoE, Qwen2MoE) for f in kind.families}
 MODELS = [
     ("mixtral", {}),
     *((family, {"norm_topk_prob": norm}) for family in ("olmoe", "qwen2_moe", "qwen3_moe") for norm in (True, False)),
@@ -53,8 +53,8 @@ def slot(fusion: type[Fusion] = RouterWeighted, **params: Any) -> dict[str, Fusi
 
 def captured(model: Any, sites: list[str], fusions: dict[str, Fusion] | None = None, side: Side | None = None) -> Any:
     with torch.no_grad():
-        anatomy = ANATOMIES.get(model.config.model_type, Llama())
-        return capture(model, anatomy, side_of() if side is None else side, sites, fusions or {})
+        adapter = ADAPTERS.get(model.config.model_type, Llama())
+        return capture(model, adapter, side_of() if side is None else side, sites, fusions or {})
 
 
 def block_inputs(model: Any, layer: int) -> Tensor:
@@ -84,7 +84,7 @@ def test_weighing_experts_as_the_router_does_gives_the_models_own_state(
 ) -> None:
     model = model_of(family, dtype, **settings)
     found = captured(model, ["fused.x", "hidden.last"], slot())
-    assert found["fused.x"].shape == (ROWS, D)
+    assert found["fused.x"].shape == (TOKENS, D)
     torch.testing.assert_close(found["fused.x"], found["hidden.last"], rtol=0, atol=close)
     other = captured(model, ["fused.x"], slot(ExpertMean))["fused.x"]
     assert (other - found["hidden.last"]).abs().max() > 0.1, "the experts decide nothing: the test shows nothing"
@@ -95,10 +95,10 @@ def test_weighing_experts_as_the_router_does_gives_the_models_own_state(
 def test_experts_and_router_of_a_block_are_their_own_formulas(
     family: str, settings: dict[str, Any], dtype: torch.dtype, close: float
 ) -> None:
-    model, rows = model_of(family, dtype, **settings), side_of().rows
+    model, tokens = model_of(family, dtype, **settings), side_of().positions
     found = captured(model, ["experts.last", "router.last", "experts.0", "router.0"])
     for name, layer in (("last", 1), ("0", 0)):
-        mlp, x = model.model.layers[layer].mlp, block_inputs(model, layer)[rows]
+        mlp, x = model.model.layers[layer].mlp, block_inputs(model, layer)[tokens]
         torch.testing.assert_close(found[f"experts.{name}"], outputs_of(mlp, x), rtol=close, atol=close)
         torch.testing.assert_close(found[f"router.{name}"], (x @ mlp.gate.weight.T).detach(), rtol=close, atol=close)
 
@@ -131,9 +131,9 @@ def test_every_position_is_there_where_asked_for_and_only_there(family: str, set
     everywhere = captured(model, [f"{name}@all" for name in names], slot())
     both = captured(model, [*names, *(f"{name}@all" for name in names)], slot())
     for name in names:
-        assert packed[name].shape == (ROWS, *shapes[name])
+        assert packed[name].shape == (TOKENS, *shapes[name])
         assert everywhere[f"{name}@all"].shape == (POSITIONS, *shapes[name])
-        torch.testing.assert_close(everywhere[f"{name}@all"][side.rows], packed[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(everywhere[f"{name}@all"][side.positions], packed[name], rtol=1e-5, atol=1e-5)
         for one in (name, f"{name}@all"):
             torch.testing.assert_close(both[one], (packed | everywhere)[one], rtol=1e-5, atol=1e-5)
     real = side.attention_mask.flatten() == 1
@@ -141,7 +141,9 @@ def test_every_position_is_there_where_asked_for_and_only_there(family: str, set
 
 
 @each_model
-def test_only_scored_rows_are_computed(family: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_scored_tokens_are_computed(
+    family: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, seen = model_of(family, **settings), []
     for layer in model.model.layers:
         forward = layer.mlp.experts.forward
@@ -152,7 +154,7 @@ def test_only_scored_rows_are_computed(family: str, settings: dict[str, Any], mo
 
         monkeypatch.setattr(layer.mlp.experts, "forward", spy)
     captured(model, ["fused.x", "experts.last", "router.last"], slot())
-    assert sorted(seen) == sorted([POSITIONS, POSITIONS, E * ROWS])
+    assert sorted(seen) == sorted([POSITIONS, POSITIONS, E * TOKENS])
 
 
 @pytest.mark.parametrize("family", ["mixtral", "olmoe", "qwen3_moe"])
@@ -169,7 +171,7 @@ def test_modules_with_weights_are_called_as_without_experts(family: str) -> None
 
 
 @each_model
-def test_a_batch_without_rows_gives_none(family: str, settings: dict[str, Any]) -> None:
+def test_a_batch_without_tokens_gives_none(family: str, settings: dict[str, Any]) -> None:
     names = ["fused.x", "experts.last", "router.last", "hidden.last"]
     fusions = slot(ExpertAttention)
     for lengths in ([], [(5, 0, 0), (3, 0, 0)]):
@@ -273,7 +275,7 @@ def test_a_dense_block_has_no_experts(site: str) -> None:
     with pytest.raises(KdzooError) as caught:
         captured(model, [site], slot())
     assert str(caught.value) == f"site '{site}': block 1 of the model has no experts"
-    assert captured(model, ["experts.0"])["experts.0"].shape == (ROWS, E, D)
+    assert captured(model, ["experts.0"])["experts.0"].shape == (TOKENS, E, D)
 
 
 def test_a_family_without_experts_has_none() -> None:

@@ -14,7 +14,7 @@ from settings import (
     make_setting,
 )
 
-from kdzoo.step.batch import Batch
+from kdzoo.api.batch import Batch
 from kdzoo_cross_entropy import CrossEntropy
 from kdzoo_divergences import ForwardKL
 from kdzoo_dskd import DSKD
@@ -23,7 +23,7 @@ from kdzoo_residual import Residual
 LOW = 3
 
 
-def artefacts() -> dict[str, dict[str, torch.Tensor]]:
+def artifacts() -> dict[str, dict[str, torch.Tensor]]:
     return {"projectors": {"teacher_to_low.weight": torch.randn(LOW, D, generator=torch.Generator().manual_seed(1))}}
 
 
@@ -32,7 +32,7 @@ MAKE = {
     "forward_kl": lambda setting: setting.make(ForwardKL, temperature=2.0),
     "dskd": lambda setting: setting.make(DSKD),
     "dskd by attention": lambda setting: setting.make(DSKD, alignment="attention"),
-    "residual": lambda setting: setting.make(Residual, artefacts(), width=LOW),
+    "residual": lambda setting: setting.make(Residual, artifacts(), width=LOW),
     "pairs": lambda setting: setting.make(Truncated),
     "sequences": lambda setting: setting.make(Worst),
 }
@@ -51,10 +51,10 @@ def test_micro_batches_add_up_to_the_whole(name, same_tokens, parts):
     total = torch.zeros((), dtype=torch.float64)
     terms: dict[str, torch.Tensor] = {}
     for sequences in parts:
-        loss, call = setting.part(sequences).score(losses)
+        loss, inputs = setting.part(sequences).score(losses)
         loss.backward()
         total += loss.detach()
-        for term, value in call.report.terms.items():
+        for term, value in inputs.report.terms.items():
             terms[term] = terms.get(term, 0) + value
     torch.testing.assert_close(total, whole.loss)
     assert terms.keys() == whole.terms.keys()
@@ -71,7 +71,7 @@ NONE, SOME = ([0, 0], [2, 3])
 
 @pytest.mark.parametrize("name", ["dskd", "dskd by attention", "residual"])
 @pytest.mark.parametrize(
-    ("same_tokens", "rows"),
+    ("same_tokens", "tokens"),
     [
         (True, (NONE, NONE)),
         (False, (NONE, NONE)),
@@ -80,9 +80,9 @@ NONE, SOME = ([0, 0], [2, 3])
         (False, ([0, 3], [2, 0])),
     ],
 )
-def test_a_micro_batch_without_rows_trains_nothing_and_reports_the_same_terms(name, same_tokens, rows):
+def test_a_micro_batch_without_tokens_trains_nothing_and_reports_the_same_terms(name, same_tokens, tokens):
     full = make_setting(same_tokens)
-    empty = make_setting(same_tokens, rows)
+    empty = make_setting(same_tokens, tokens)
     outcomes = {}
     for setting in (full, empty):
         torch.manual_seed(2)
@@ -94,7 +94,7 @@ def test_a_micro_batch_without_rows_trains_nothing_and_reports_the_same_terms(na
     assert found.gradients.keys() == expected.gradients.keys()
     assert found.loss.isfinite()
     assert all(gradient.isfinite().all() for gradient in found.gradients.values())
-    if rows == (NONE, NONE):
+    if tokens == (NONE, NONE):
         assert found.loss == 0
         assert all((gradient == 0).all() for gradient in found.gradients.values())
 
@@ -102,12 +102,12 @@ def test_a_micro_batch_without_rows_trains_nothing_and_reports_the_same_terms(na
 def test_the_counts_of_a_micro_batch():
     setting: Setting = make_paired_setting()
     batch: Batch = setting.batch
-    assert batch.local_counts() == {"rows": 11, "teacher_rows": 9, "pairs": 3, "spans": 6, "sequences": 3}
+    assert batch.local_counts() == {"tokens": 11, "teacher_tokens": 9, "pairs": 3, "spans": 6, "sequences": 3}
     assert setting.part([0, 1]).batch.local_counts() == {
-        "rows": 5,
-        "teacher_rows": 6,
+        "tokens": 5,
+        "teacher_tokens": 6,
         "pairs": 2,
         "spans": 4,
         "sequences": 2,
     }
-    assert make_setting(rows=([2, 0], [2, 0])).batch.local_counts()["sequences"] == 1
+    assert make_setting(tokens=([2, 0], [2, 0])).batch.local_counts()["sequences"] == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -11,24 +10,23 @@ import torch
 from settings import (
     Crossed,
     D,
-    GoldRows,
+    GoldTokens,
     Losses,
     Outcome,
     Setting,
     TestLoss,
     Truncated,
-    TruncatedRows,
+    TruncatedTokens,
     Worst,
+    distiller,
     make_paired_setting,
     make_setting,
 )
 from torch import Tensor
 
-from kdzoo import Batch, Needs, NoParams, Terms, View
+from kdzoo import Needs, NoParams, Step, Terms
 from kdzoo.engine.student import merged
-from kdzoo.step.distiller import Distiller
 from kdzoo.step.report import Report
-from kdzoo.step.vocabulary import Slot
 from kdzoo_cross_entropy import CrossEntropy
 from kdzoo_divergences import ForwardKL
 from kdzoo_dskd import DSKD
@@ -37,44 +35,40 @@ from kdzoo_residual import Residual
 LOW = 3
 
 
-class Shrink(GoldRows):
+class Shrink(GoldTokens):
     """Reads the state outside of the vocabulary pass as well."""
 
     name = "shrink"
 
     @classmethod
     def needs(cls, params: NoParams, same_tokens: bool) -> Needs:
-        return replace(super().needs(params, same_tokens), student=frozenset({"hidden.last"}))
+        return Needs(student=frozenset({"hidden.last"}))
 
-    def combine(
-        self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor], rows: Mapping[str, Tensor]
-    ) -> Terms:
-        return Terms().add("both", (rows["gold.nll"] * student["hidden.last"].square().sum(-1)).sum())
+    def finish(self, step: Step) -> Terms:
+        return Terms().add("both", step.values["gold.nll"] * step.student["hidden.last"].square().sum(-1))
 
 
-class Idle(GoldRows):
+class Idle(GoldTokens):
     """Nothing of it reaches the state."""
 
     name = "idle"
 
-    def combine(
-        self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor], rows: Mapping[str, Tensor]
-    ) -> Terms:
-        return Terms().add("nothing", rows["gold.nll"].detach().sum())
+    def finish(self, step: Step) -> Terms:
+        return Terms().add("nothing", step.values["gold.nll"].detach())
 
 
 def make_losses(setting: Setting) -> Losses:
     torch.manual_seed(5)
-    artefacts = {"projectors": {"teacher_to_low.weight": torch.randn(LOW, D)}}
+    artifacts = {"projectors": {"teacher_to_low.weight": torch.randn(LOW, D)}}
     residual = {"width": LOW, "beta_gradient": True, "indicator": "soft"}
     losses: Losses = {
         "sft": (setting.make(CrossEntropy), 0.5),
-        "residual": (setting.make(Residual, artefacts, width=LOW), 0.3),
-        "no_head": (setting.make(Residual, artefacts, **residual, head_gradient=False), 0.25),
+        "residual": (setting.make(Residual, artifacts, width=LOW), 0.3),
+        "no_head": (setting.make(Residual, artifacts, **residual, head_gradient=False), 0.25),
         "dskd": (setting.make(DSKD), 0.4),
         "crossed": (setting.make(Crossed), 0.9),
         "pairs": (setting.make(Truncated), 0.8),
-        "pairs_by_rows": (setting.make(TruncatedRows), 1.1),
+        "pairs_by_token": (setting.make(TruncatedTokens), 1.1),
         "worst": (setting.make(Worst), 0.7),
         "shrink": (setting.make(Shrink), 0.1),
         "wrong_only": (setting.make(CrossEntropy, where="teacher_wrong"), 0.6),
@@ -91,15 +85,12 @@ def make(same_tokens: bool) -> Setting:
 
 
 def watched(
-    setting: Setting, losses: Losses, report: Report, chunk_rows: int | None = None, scale: float = 1.0
+    setting: Setting, losses: Losses, report: Report, chunk_tokens: int | None = None, scale: float = 1.0
 ) -> Tensor:
     """One micro-batch forward and backward, as `Distiller.forward` and an engine that scales the loss do it."""
-    same = setting.batch.same_tokens
-    slots = [Slot(name, loss, loss.needs(loss.params, same)) for name, (loss, _) in losses.items()]
-    size = {} if chunk_rows is None else {"chunk_bytes": 4 * chunk_rows * 20}
-    call = setting.call(losses)
-    call.apart, call.report = True, report
-    loss = Distiller(None, None, slots, **size).score(call)
+    inputs = setting.inputs(losses)
+    inputs.apart, inputs.report = True, report
+    loss = distiller(losses, chunk_tokens).score(inputs)
     report.listen_to_scale(loss)
     (loss * scale).backward()
     report.close_gradients(losses)
@@ -118,14 +109,14 @@ def each_alone(setting: Setting, losses: Losses) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("scale", [1.0, 8.0])
-@pytest.mark.parametrize("chunk_rows", [1, 4, None])
+@pytest.mark.parametrize("chunk_tokens", [1, 4, None])
 @pytest.mark.parametrize("same_tokens", [True, False])
-def test_it_is_the_norm_of_each_slots_own_gradient(same_tokens, chunk_rows, scale):
+def test_it_is_the_norm_of_each_slots_own_gradient(same_tokens, chunk_tokens, scale):
     setting = make(same_tokens)
     losses = make_losses(setting)
     alone = each_alone(setting, losses)
     report = Report()
-    watched(setting, losses, report, chunk_rows, scale)
+    watched(setting, losses, report, chunk_tokens, scale)
     expected = {name: gradient.norm().item() for name, gradient in alone.items()}
     assert norms(report) == pytest.approx(expected, rel=1e-9, abs=1e-14)
     assert all((expected[name] == 0) == (name in ("idle", "off")) for name in losses)
@@ -165,28 +156,25 @@ class Everywhere(TestLoss):
     def needs(cls, params: NoParams, same_tokens: bool) -> Needs:
         return Needs(student=frozenset({"hidden.last@all"}))
 
-    def combine(
-        self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor], rows: Mapping[str, Tensor]
-    ) -> Terms:
-        return Terms().add("square", student["hidden.last@all"].square().sum())
+    def finish(self, step: Step) -> Terms:
+        return Terms().add("square", step.student["hidden.last@all"].square().sum())
 
 
-def test_a_state_that_is_read_at_every_position_counts_where_its_rows_are():
+def test_a_state_that_is_read_at_every_position_counts_where_its_tokens_are():
     setting = make(True)
     assert setting.batch.student is not None
-    rows = setting.batch.student.rows
+    tokens = setting.batch.student.positions
     every = torch.randn(setting.batch.student.input_ids.numel(), setting.hidden.shape[1]).double().requires_grad_()
     losses: Losses = {"all": (setting.make(Everywhere), 0.7), "sft": (setting.make(CrossEntropy), 0.5)}
-    call = replace(setting, hidden=every[rows]).call(losses)
-    call.student = {**call.student, "hidden.last@all": every}
-    call.apart = True
-    slots = [Slot(name, loss, loss.needs(loss.params, True)) for name, (loss, _) in losses.items()]
-    loss = Distiller(None, None, slots).score(call)
-    call.report.listen_to_scale(loss)
+    inputs = replace(setting, hidden=every[tokens]).inputs(losses)
+    inputs.student = {**inputs.student, "hidden.last@all": every}
+    inputs.apart = True
+    loss = distiller(losses).score(inputs)
+    inputs.report.listen_to_scale(loss)
     loss.backward()
-    call.report.close_gradients(losses)
-    expected = 0.7 * 2 * every.detach()[rows] / len(rows)
-    assert norms(call.report)["all"] == pytest.approx(expected.norm().item(), rel=1e-9)
+    inputs.report.close_gradients(losses)
+    expected = 0.7 * 2 * every.detach()[tokens] / len(tokens)
+    assert norms(inputs.report)["all"] == pytest.approx(expected.norm().item(), rel=1e-9)
 
 
 @pytest.mark.parametrize("parts", [([0], [1], [2]), ([1], [0, 2])])
@@ -198,23 +186,23 @@ def test_micro_batches_add_in_squares(same_tokens, parts):
     watched(setting, losses, whole)
     for sequences in parts:
         watched(setting.part(sequences), losses, report, scale=float(len(parts)))
-    # Rows of two micro-batches are not the same rows, so that squares add up to those of the whole.
+    # Rows of two micro-batches are not the same tokens, so that squares add up to those of the whole.
     assert norms(report) == pytest.approx(norms(whole), rel=1e-9, abs=1e-14)
 
 
-@pytest.mark.parametrize("chunk_rows", [3, None])
+@pytest.mark.parametrize("chunk_tokens", [3, None])
 @pytest.mark.parametrize("same_tokens", [True, False])
-def test_asking_changes_neither_loss_nor_gradients(same_tokens, chunk_rows):
+def test_asking_changes_neither_loss_nor_gradients(same_tokens, chunk_tokens):
     setting = make(same_tokens)
     losses = make_losses(setting)
     setting.forget(losses)
-    loss, call = setting.score(losses, chunk_rows)
+    loss, inputs = setting.score(losses, chunk_tokens)
     loss.backward()
-    plain = Outcome(loss.detach(), setting.gradients(losses), call.report)
+    plain = Outcome(loss.detach(), setting.gradients(losses), inputs.report)
     assert not plain.report.norms
     setting.forget(losses)
     report = Report()
-    asked = Outcome(watched(setting, losses, report, chunk_rows), setting.gradients(losses), report)
+    asked = Outcome(watched(setting, losses, report, chunk_tokens), setting.gradients(losses), report)
     assert torch.equal(asked.loss, plain.loss)
     assert asked.gradients.keys() == plain.gradients.keys()
     asked.assert_close(plain, 1e-14)  # the order in which autograd adds up is its own
@@ -223,8 +211,8 @@ def test_asking_changes_neither_loss_nor_gradients(same_tokens, chunk_rows):
 
 
 @pytest.mark.parametrize("same_tokens", [True, False])
-def test_no_rows_have_norms_of_zero(same_tokens):
-    setting = make_setting(same_tokens, rows=([0, 0], [0, 0] if same_tokens else [2, 3]))
+def test_no_tokens_have_norms_of_zero(same_tokens):
+    setting = make_setting(same_tokens, tokens=([0, 0], [0, 0] if same_tokens else [2, 3]))
     losses = {name: slot for name, slot in make_losses(setting).items() if name != "worst"}  # has no value of nothing
     report = Report()
     watched(setting, losses, report)

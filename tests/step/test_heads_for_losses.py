@@ -9,9 +9,10 @@ import pytest
 from settings import Gold, TestLoss, make_paired_setting, make_setting
 from torch import Tensor
 
-from kdzoo import Batch, Chunk, KdzooError, Needs, NoParams, Own, OwnStream, Terms, View, Visit
-from kdzoo.step.distiller import set_up
-from kdzoo.step.vocabulary import Slot, _Walk
+from kdzoo import KdzooError, Logits, Needs, NoParams, Step, Stream, Terms, visit
+from kdzoo.step.distiller import start_from_heads
+from kdzoo.step.loss_term import LossTerm
+from kdzoo.step.vocabulary_pass import _Run
 
 
 class Projected(TestLoss):
@@ -21,29 +22,26 @@ class Projected(TestLoss):
 
     @classmethod
     def needs(cls, params: NoParams, same_tokens: bool) -> Needs:
-        return Needs(
-            student=frozenset({"head.weight"}),
-            teacher=frozenset({"head.weight", "hidden.last"}),
-            streams=(OwnStream("moved", "teacher", head="student"),),
-            visits=(Visit("beside", ("student", "moved")),),
-        )
+        return Needs(student=frozenset({"head.weight"}), teacher=frozenset({"head.weight", "hidden.last"}))
 
-    def setup(self, heads: Mapping[str, Tensor]) -> None:
+    def start_from_heads(self, heads: Mapping[str, Tensor]) -> None:
         self.heads = {name: weight.clone() for name, weight in heads.items()}
 
-    def streams(self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor]) -> dict[str, Own]:
-        ours, theirs = student["head.weight"], teacher["head.weight"]
-        return {"moved": Own(teacher["hidden.last"] @ theirs[: len(ours)].T @ ours)}
+    def streams(self, step: Step) -> Mapping[str, Stream]:
+        ours, theirs = step.student["head.weight"], step.teacher["head.weight"]
+        moved = step.teacher["hidden.last"] @ theirs[: len(ours)].T @ ours
+        return {"moved": Stream(moved, head="student", beside="teacher")}
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
-        return Terms().add("product", (chunk.logits("student") * chunk.logits("moved")).sum())
+    @visit
+    def products(self, student: Logits, moved: Logits) -> Terms:
+        return Terms().add("product", (student.logits * moved.logits).sum(-1))
 
 
 class ReadsLate(Projected):
     name = "reads_late"
 
-    def combine(self, batch, student, teacher, facts, rows):
-        return Terms().add("late", student["head.weight"].sum())
+    def finish(self, step: Step) -> Terms:
+        return Terms().add("late", step.student["head.weight"].sum())
 
 
 class StudentOnly(Projected):
@@ -65,7 +63,7 @@ class Nothing(Projected):
 def test_streams_read_both_heads_as_they_are_and_without_gradient():
     setting = make_setting()
     losses = {"kd": (setting.make(Projected), 1.0)}
-    n = setting.batch.counts["rows"]
+    n = setting.batch.counts["tokens"]
 
     def formula() -> Tensor:
         head = setting.head.weight.detach()
@@ -84,7 +82,7 @@ def test_heads_are_not_there_after_the_pass():
 def test_before_the_first_step_each_loss_sees_the_heads_that_it_declares_and_they_are_whole_then():
     setting = make_setting(same_tokens=False)
     losses = {kind.name: setting.make(kind) for kind in (Projected, StudentOnly, Nothing)}
-    slots = [Slot(name, loss, loss.needs(loss.params, False)) for name, loss in losses.items()]
+    terms = [LossTerm.of(name, loss) for name, loss in losses.items()]
     gathered: list[list[Tensor]] = []
 
     @contextmanager
@@ -93,7 +91,7 @@ def test_before_the_first_step_each_loss_sees_the_heads_that_it_declares_and_the
         yield
 
     ours, theirs = setting.head.weight, setting.teacher_head.weight
-    set_up(slots, {"student": setting.head, "teacher": setting.teacher_head}, gather)
+    start_from_heads(terms, {"student": setting.head, "teacher": setting.teacher_head}, gather)
     assert losses["projected"].heads.keys() == {"student", "teacher"}
     assert losses["projected"].heads["teacher"].equal(theirs)
     assert losses["student_only"].heads.keys() == {"student"}
@@ -103,16 +101,16 @@ def test_before_the_first_step_each_loss_sees_the_heads_that_it_declares_and_the
     assert gathered[1][0] is ours
 
 
-def test_rows_without_a_partner_do_not_meet_the_heads_of_streams_that_pairs_alone_see(monkeypatch):
+def test_tokens_without_a_partner_do_not_meet_the_heads_of_streams_that_pairs_alone_see(monkeypatch):
     setting = make_paired_setting()
     made: list[tuple[int, tuple[str, ...]]] = []
-    products = _Walk._products
+    products = _Run._products
 
-    def counted(walk, rows, names):
-        found = products(walk, rows, names)
+    def counted(run, chunk, names):
+        found = products(run, chunk, names)
         made.append((len(next(iter(found.values()))), tuple(names)))
         return found
 
-    monkeypatch.setattr(_Walk, "_products", counted)
+    monkeypatch.setattr(_Run, "_products", counted)
     setting.run({"kd": (setting.make(Projected), 1.0), "sft": (setting.make(Gold), 1.0)})
     assert made == [(3, ("kd/moved", "student")), (len(setting.hidden) - 3, ("student",))]

@@ -3,69 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import pytest
 import torch
 from settings import Outcome, Setting, TestLoss, make_setting
 from torch import Tensor
 
-from kdzoo import Batch, Chunk, Needs, NoParams, Side, Terms, Visit, ops
+from kdzoo import KdzooError, Logits, Needs, NoParams, Side, Step, Terms, ops, visit
 from kdzoo_cross_entropy import CrossEntropy
 from kdzoo_divergences import ForwardKL
 
-CHUNKS = pytest.mark.parametrize("chunk_rows", [1, 3, None])
+CHUNKS = pytest.mark.parametrize("chunk_tokens", [1, 3, None])
 BOTH = pytest.mark.parametrize("same_tokens", [True, False])
 
 
-@pytest.fixture(params=[None, 2], ids=["whole chunks", "tiles of two rows"], autouse=True)
+@pytest.fixture(params=[None, 2], ids=["whole chunks", "tiles of two tokens"], autouse=True)
 def tile(request, monkeypatch):
     if request.param is not None:
-        monkeypatch.setattr("kdzoo.step.vocabulary.TILE_BYTES", 4 * 11 * request.param)
+        monkeypatch.setattr("kdzoo.step.chunks.TILE_BYTES", 4 * 11 * request.param)
 
 
 class Apart(TestLoss):
-    """How far each row's probabilities are from their mean over the sequence, on both sides; the last row is no part
-    of the student's mean."""
+    """How far each token's probabilities are from their mean over the sequence, on both sides.
+
+    The last token is no part of the student's mean.
+    """
 
     name = "apart"
 
-    @classmethod
-    def needs(cls, params: NoParams, same_tokens: bool) -> Needs:
-        return Needs(
-            visits=(
-                Visit("mine", ("student",)),
-                Visit("my_mean", ("student",), kind="scan"),
-                Visit("their_mean", ("teacher",), kind="scan"),
-                Visit("theirs", ("teacher",), kind="rows"),
-            )
-        )
+    @visit
+    def mine(self, student: Logits) -> Terms:
+        return Terms().add("mine", self.distance(student))
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms | Mapping[str, Tensor]:
-        stream = "student" if visit.startswith("m") else "teacher"
-        side, rows = chunk.side(stream), chunk.rows(stream)
-        q = chunk.logprobs(stream).exp()
-        if visit == "my_mean":
-            kept = ops.is_followed(side)[rows].to(q.dtype)
-            return {"total": q * kept[:, None], "count": kept}
-        if visit == "their_mean":
-            return {"total": q, "count": torch.ones_like(q[:, 0])}
-        distance = (q - chunk.scanned[stream][side.sample[rows]]).square().sum(-1)
-        return Terms().add("mine", distance.sum()) if visit == "mine" else {"distance": distance}
+    @visit(kind="scan")
+    def my_mean(self, student: Logits) -> Mapping[str, Tensor]:
+        q = student.logprobs().exp()
+        assert student.side is not None
+        kept = ops.is_followed(student.side)[student.at].to(q.dtype)
+        return {"total": q * kept[:, None], "count": kept}
 
-    def scan(self, batch: Batch, sums: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    @visit(kind="scan")
+    def their_mean(self, teacher: Logits) -> Mapping[str, Tensor]:
+        q = teacher.logprobs().exp()
+        return {"total": q, "count": torch.ones_like(q[:, 0])}
+
+    @visit(kind="tokens")
+    def theirs(self, teacher: Logits) -> Mapping[str, Tensor]:
+        return {"distance": self.distance(teacher)}
+
+    def distance(self, seen: Logits) -> Tensor:
+        return (seen.logprobs().exp() - seen.scanned[seen.stream][seen.sequence]).square().sum(-1)
+
+    def scan(self, step: Step) -> Mapping[str, Tensor]:
         assert not torch.is_grad_enabled()
         return {
-            stream: sums[f"{visit}.total"] / sums[f"{visit}.count"].clamp_min(1)[:, None]
+            stream: step.sums[f"{visit}.total"] / step.sums[f"{visit}.count"].clamp_min(1)[:, None]
             for stream, visit in (("student", "my_mean"), ("teacher", "their_mean"))
         }
 
-    def combine(self, batch, student, teacher, facts, rows) -> Terms:
-        return Terms().watch("theirs", rows["theirs.distance"].sum(), len(teacher))
+    def finish(self, step: Step) -> Terms:
+        return Terms().watch("theirs", step.values["theirs.distance"], len(step.teacher))
 
 
 def distances(logits: Tensor, side: Side, skip: int) -> Tensor:
-    """[rows], sequence by sequence; no gradient through the mean."""
+    """[tokens], sequence by sequence; no gradient through the mean."""
     found = []
     for b in range(side.sequences):
         q = logits[side.sample == b].softmax(-1)
@@ -75,14 +76,14 @@ def distances(logits: Tensor, side: Side, skip: int) -> Tensor:
 
 
 def apart(setting: Setting) -> Tensor:
-    return distances(setting.logits(), setting.batch.student, 1).sum() / setting.batch.counts["rows"]
+    return distances(setting.logits(), setting.batch.student, 1).sum() / setting.batch.counts["tokens"]
 
 
 @CHUNKS
 @BOTH
-def test_other_visits_see_what_was_made_of_the_sums_over_each_sequence(chunk_rows, same_tokens):
+def test_other_visits_see_what_was_made_of_the_sums_over_each_sequence(chunk_tokens, same_tokens):
     setting = make_setting(same_tokens, bias=True, soft_cap=4.0)
-    found = setting.run({"apart": (setting.make(Apart), 0.7)}, chunk_rows)
+    found = setting.run({"apart": (setting.make(Apart), 0.7)}, chunk_tokens)
     found.assert_close(setting.naive(lambda: 0.7 * apart(setting)))
     theirs = distances(setting.teacher_logits(), setting.batch.teacher, 0)
     torch.testing.assert_close(found.report.watched["apart/theirs"][0], theirs.sum())
@@ -108,9 +109,9 @@ def test_sequences_do_not_depend_on_their_neighbours():
 
 
 @BOTH
-@pytest.mark.parametrize("rows", [([0], [0]), ([0, 0], [0, 0])])
-def test_no_rows_are_scanned_to_zeros(same_tokens, rows):
-    setting = make_setting(same_tokens, rows)
+@pytest.mark.parametrize("tokens", [([0], [0]), ([0, 0], [0, 0])])
+def test_no_tokens_are_scanned_to_zeros(same_tokens, tokens):
+    setting = make_setting(same_tokens, tokens)
     found = setting.run({"apart": (setting.make(Apart), 1.0)})
     assert found.loss == 0
     assert found.terms.keys() == {"apart/mine"}
@@ -126,57 +127,70 @@ def test_without_gradients_the_values_are_the_same():
     torch.testing.assert_close(found, expected.loss)
 
 
-@pytest.mark.parametrize(
-    "visit",
-    [
-        Visit("both", ("student", "teacher"), kind="scan"),
-        Visit("mine", ("student",), kind="scan", facts=("teacher.correct",)),
-    ],
-)
-def test_a_scan_is_of_one_models_rows_and_before_all_facts(visit):
-    class Misplaced(Apart):
-        @classmethod
-        def needs(cls, params: NoParams, same_tokens: bool) -> Needs:
-            return replace(super().needs(params, same_tokens), visits=(visit,))
+class ScansBoth(Apart):
+    name = "scans_both"
 
+    @visit(kind="scan")
+    def both(self, student: Logits, teacher: Logits) -> Mapping[str, Tensor]:
+        raise AssertionError("it is never seen")
+
+
+def test_a_scan_is_of_one_models_tokens():
     setting = make_setting()
-    with pytest.raises(AssertionError, match=r"^the scan 'x\.\w+' is of one model's rows, and before all facts"):
-        setting.run({"x": (setting.make(Misplaced), 1.0)})
+    with pytest.raises(AssertionError, match=r"^the scan 'x\.both' is of one model's tokens"):
+        setting.run({"x": (setting.make(ScansBoth), 1.0)})
 
 
-class Products(TestLoss):
-    """Values of both models' rows, each by itself."""
-
-    name = "products"
+class ScansFacts(Apart):
+    name = "scans_facts"
 
     @classmethod
     def needs(cls, params: NoParams, same_tokens: bool) -> Needs:
-        return Needs(visits=(Visit("theirs", ("teacher",), kind="rows"), Visit("mine", ("student",), kind="rows")))
+        return Needs(facts=frozenset({"teacher.correct"}))
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Mapping[str, Tensor]:
-        stream = "teacher" if visit == "theirs" else "student"
-        return {"nll": ops.cross_entropy(chunk.logprobs(stream), chunk.labels(stream))}
-
-    def combine(self, batch, student, teacher, facts, rows) -> Terms:
-        return Terms().add("nll", rows["mine.nll"].sum() * rows["theirs.nll"].sum().detach())
+    @visit(kind="scan")
+    def my_mean(self, student: Logits) -> Mapping[str, Tensor]:
+        return {"total": student.logprobs(), "count": student.fact("teacher.correct")}
 
 
-def test_rows_of_a_model_that_does_not_train_are_not_computed_again(monkeypatch):
-    seen: list[str] = []
-    over_vocab = Products.over_vocab
+@BOTH
+def test_a_scan_is_before_all_facts(same_tokens):
+    setting = make_setting(same_tokens)
+    with pytest.raises(KdzooError, match=r"^a visit reads the fact 'teacher\.correct' of the stream 'student'; facts"):
+        setting.run({"x": (setting.make(ScansFacts), 1.0)})
 
-    def watched(self: Products, visit: str, chunk: Chunk) -> Mapping[str, Tensor]:
-        seen.append(visit)
-        return over_vocab(self, visit, chunk)
 
-    monkeypatch.setattr(Products, "over_vocab", watched)
+class Products(TestLoss):
+    """Values of both models' tokens, each by itself."""
+
+    name = "products"
+
+    def build(self, *_models: object) -> None:
+        self.seen: list[str] = []
+
+    @visit(kind="tokens")
+    def theirs(self, teacher: Logits) -> Mapping[str, Tensor]:
+        self.seen.append("theirs")
+        return {"nll": ops.cross_entropy(teacher.logprobs(), teacher.labels)}
+
+    @visit(kind="tokens")
+    def mine(self, student: Logits) -> Mapping[str, Tensor]:
+        self.seen.append("mine")
+        return {"nll": ops.cross_entropy(student.logprobs(), student.labels)}
+
+    def finish(self, step: Step) -> Terms:
+        return Terms().add("nll", step.values["mine.nll"].sum() * step.values["theirs.nll"].sum().detach())
+
+
+def test_tokens_of_a_model_that_does_not_train_are_not_computed_again():
     setting = make_setting(False)
-    losses = {"products": (setting.make(Products), 1.0)}
+    products = setting.make(Products)
+    losses = {"products": (products, 1.0)}
     loss, _ = setting.score(losses, 3)
-    assert set(seen) == {"theirs", "mine"}
-    seen.clear()
+    assert set(products.seen) == {"theirs", "mine"}
+    products.seen.clear()
     loss.backward()
-    assert set(seen) == {"mine"}
+    assert set(products.seen) == {"mine"}
     found = Outcome(loss.detach(), setting.gradients(losses))
 
     def formula() -> Tensor:
@@ -187,6 +201,6 @@ def test_rows_of_a_model_that_does_not_train_are_not_computed_again(monkeypatch)
                 (setting.teacher_logits(), setting.batch.teacher),
             )
         )
-        return mine * theirs / setting.batch.counts["rows"]
+        return mine * theirs / setting.batch.counts["tokens"]
 
     found.assert_close(setting.naive(formula))

@@ -1,4 +1,4 @@
-"""Views, packed and padded rows, and what is computed over the rows of one sequence."""
+"""Views, packed and padded tokens, and what is computed over the tokens of one sequence."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from settings import make_side
 
 from kdzoo import KdzooError, View, ops
 
-ROWS = [3, 0, 1, 4]
+TOKENS = [3, 0, 1, 4]
 
 
 @pytest.fixture
 def side():
     torch.manual_seed(0)
-    return make_side(ROWS, 9)
+    return make_side(TOKENS, 9)
 
 
 def view(side, *declared: str) -> View:
@@ -52,29 +52,29 @@ def test_nothing_declared_is_said(side):
         view(side)["hidden.last"]
 
 
-def test_padded_rows(side):
+def test_padded_tokens(side):
     padded, mask = view(side, "hidden.last").padded("hidden.last")
     assert padded.shape == (4, 4, 5)
-    assert mask.tolist() == [[i < n for i in range(4)] for n in ROWS]
+    assert mask.tolist() == [[i < n for i in range(4)] for n in TOKENS]
     assert (padded[~mask] == 0).all()
 
 
 def test_padding_and_back_is_the_identity_and_so_is_its_gradient(side):
     values = torch.randn(len(side), 5, 2, requires_grad=True)
-    padded, mask = ops.pad_rows(values, side)
-    back = ops.unpad_rows(padded, side)
+    padded, mask = ops.pad_tokens(values, side)
+    back = ops.unpad_tokens(padded, side)
     assert torch.equal(back, values)
     assert torch.equal(padded[mask], values)
     (gradient,) = torch.autograd.grad(back.square().sum(), values)
     assert torch.equal(gradient, 2 * values)
 
 
-@pytest.mark.parametrize("rows", [[0], [0, 0, 0]])
-def test_no_rows_are_padded_to_nothing(rows):
-    side = make_side(rows, 9)
-    padded, mask = ops.pad_rows(torch.zeros(0, 5), side)
-    assert padded.shape == (len(rows), 0, 5) and mask.shape == (len(rows), 0)
-    assert ops.unpad_rows(padded, side).shape == (0, 5)
+@pytest.mark.parametrize("tokens", [[0], [0, 0, 0]])
+def test_no_tokens_are_padded_to_nothing(tokens):
+    side = make_side(tokens, 9)
+    padded, mask = ops.pad_tokens(torch.zeros(0, 5), side)
+    assert padded.shape == (len(tokens), 0, 5) and mask.shape == (len(tokens), 0)
+    assert ops.unpad_tokens(padded, side).shape == (0, 5)
 
 
 def test_the_mean_of_each_sequence(side):
@@ -82,10 +82,10 @@ def test_the_mean_of_each_sequence(side):
     keep = torch.tensor([True, False, True, False, True, True, True, False])
     mean, kept = ops.sequence_mean(values, side), ops.sequence_mean(values, side, keep)
     for b in side.sample.unique():
-        rows = side.sample == b
-        assert torch.allclose(mean[rows], values[rows].mean())
-        expected = values[rows & keep].mean() if (rows & keep).any() else torch.tensor(0.0)
-        assert torch.allclose(kept[rows], expected.double())
+        tokens = side.sample == b
+        assert torch.allclose(mean[tokens], values[tokens].mean())
+        expected = values[tokens & keep].mean() if (tokens & keep).any() else torch.tensor(0.0)
+        assert torch.allclose(kept[tokens], expected.double())
 
 
 def test_values_outside_the_mask_do_not_matter(side):
@@ -102,11 +102,11 @@ def test_one_standard_deviation_for_all_entries_of_a_sequence(side):
     std = ops.sequence_std(values, side)
     assert std.shape == (len(side), 1)
     for b in side.sample.unique():
-        rows = side.sample == b
-        assert torch.allclose(std[rows], values[rows].std())
+        tokens = side.sample == b
+        assert torch.allclose(std[tokens], values[tokens].std())
 
 
-def test_means_and_deviations_of_no_rows():
+def test_means_and_deviations_of_no_tokens():
     side = make_side([0, 0], 9)
     assert ops.sequence_mean(torch.zeros(0), side).shape == (0,)
     assert ops.sequence_std(torch.zeros(0, 5), side).shape == (0, 1)

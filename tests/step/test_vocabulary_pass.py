@@ -12,7 +12,7 @@ from settings import (
     Crossed,
     D,
     Gold,
-    GoldRows,
+    GoldTokens,
     Losses,
     OnWrong,
     Outcome,
@@ -20,7 +20,7 @@ from settings import (
     Setting,
     TestLoss,
     Truncated,
-    TruncatedRows,
+    TruncatedTokens,
     V,
     Worst,
     log_mean_exp,
@@ -30,17 +30,17 @@ from settings import (
 )
 from torch import Tensor
 
-from kdzoo import Chunk, Head, Needs, NoParams, Own, OwnStream, Terms, Visit, ops
+from kdzoo import Head, Logits, Needs, NoParams, Step, Stream, Terms, ops, visit
 from kdzoo_cross_entropy import CrossEntropy
 from kdzoo_divergences import ForwardKL
 
-CHUNKS = pytest.mark.parametrize("chunk_rows", [1, 7, None])
+CHUNKS = pytest.mark.parametrize("chunk_tokens", [1, 7, None])
 
 
-@pytest.fixture(params=[None, 2], ids=["whole chunks", "tiles of two rows"], autouse=True)
+@pytest.fixture(params=[None, 2], ids=["whole chunks", "tiles of two tokens"], autouse=True)
 def tile(request, monkeypatch):
     if request.param is not None:
-        monkeypatch.setattr("kdzoo.step.vocabulary.TILE_BYTES", 4 * 11 * request.param)
+        monkeypatch.setattr("kdzoo.step.chunks.TILE_BYTES", 4 * 11 * request.param)
 
 
 def nll(logits: Tensor, labels: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def gold(setting: Setting) -> Tensor:
-    return nll(setting.logits(), setting.batch.student.labels).sum() / setting.batch.counts["rows"]
+    return nll(setting.logits(), setting.batch.student.labels).sum() / setting.batch.counts["tokens"]
 
 
 def on_pairs(setting: Setting) -> Tensor:
@@ -61,11 +61,11 @@ def on_wrong(loss: OnWrong, setting: Setting, wrong: Tensor) -> Tensor:
     labels = setting.batch.student.labels[wrong]
     seen = nll(setting.logits()[wrong], labels)
     shifted = setting.head.finish(loss.shift(setting.hidden) @ setting.head.weight.T, setting.head.bias)[wrong]
-    return (seen.sum() + nll(shifted, labels).sum()) / setting.batch.counts["rows"]
+    return (seen.sum() + nll(shifted, labels).sum()) / setting.batch.counts["tokens"]
 
 
-def wrong_rows(setting: Setting) -> Tensor:
-    """By hand: with two tokenizers, rows whose span holds a wrong teacher row."""
+def wrong_tokens(setting: Setting) -> Tensor:
+    """By hand: with two tokenizers, tokens whose span holds a wrong teacher token."""
     wrong = setting.teacher_logits().argmax(-1) != setting.batch.teacher.labels
     if setting.batch.same_tokens:
         return wrong
@@ -74,7 +74,7 @@ def wrong_rows(setting: Setting) -> Tensor:
 
 
 def make_half_wrong(setting: Setting) -> Setting:
-    """Every other teacher row predicts its label."""
+    """Every other teacher token predicts its label."""
     labels = setting.batch.teacher.labels.clone()
     labels[::2] = setting.teacher_logits().argmax(-1)[::2]
     labels[1::2] = (setting.teacher_logits().argmax(-1)[1::2] + 1) % len(setting.teacher_head.weight)
@@ -88,15 +88,15 @@ def make_half_wrong(setting: Setting) -> Setting:
 
 @CHUNKS
 @pytest.mark.parametrize("bias", [False, True])
-def test_cross_entropy(chunk_rows, bias):
+def test_cross_entropy(chunk_tokens, bias):
     setting = make_setting(bias=bias)
     losses = {"sft": (setting.make(CrossEntropy), 0.7)}
     expected = setting.naive(lambda: 0.7 * gold(setting))
-    setting.run(losses, chunk_rows).assert_close(expected)
+    setting.run(losses, chunk_tokens).assert_close(expected)
 
 
 @CHUNKS
-def test_several_losses_at_once(chunk_rows):
+def test_several_losses_at_once(chunk_tokens):
     setting = make_half_wrong(make_setting())
     waits, crossed = setting.make(OnWrong), setting.make(Crossed)
     losses = {
@@ -109,12 +109,12 @@ def test_several_losses_at_once(chunk_rows):
 
     def formula() -> Tensor:
         log_p, log_q = (setting.teacher_logits() / 2).log_softmax(-1), (setting.logits() / 2).log_softmax(-1)
-        kl = 4 * (log_p.exp() * (log_p - log_q)).sum() / setting.batch.counts["rows"]
+        kl = 4 * (log_p.exp() * (log_p - log_q)).sum() / setting.batch.counts["tokens"]
         worst = log_mean_exp(nll(setting.logits(), setting.batch.student.labels), setting.batch.student).mean()
-        waited = on_wrong(waits, setting, wrong_rows(setting))
+        waited = on_wrong(waits, setting, wrong_tokens(setting))
         return 0.5 * gold(setting) + 0.3 * kl + 0.7 * waited + 0.2 * crossed.naive(setting) + 0.4 * worst
 
-    setting.run(losses, chunk_rows).assert_close(setting.naive(formula, losses))
+    setting.run(losses, chunk_tokens).assert_close(setting.naive(formula, losses))
 
 
 @pytest.mark.parametrize("shape", [{"scale": 0.3}, {"soft_cap": 2.0}, {"scale": 1.7, "soft_cap": 3.0, "bias": True}])
@@ -154,50 +154,44 @@ class Picky(TestLoss):
 
     name = "picky"
 
-    @classmethod
-    def needs(cls, params: NoParams, same_tokens: bool) -> Needs:
-        return Needs(visits=(Visit("gold", ("student",)),))
-
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
-        zeros = chunk.labels("student") == 0
-        return Terms().add("nll", -chunk.logprobs("student")[zeros, 0].sum()) if zeros.any() else Terms()
+    @visit
+    def gold(self, student: Logits) -> Terms:
+        zeros = student.labels == 0
+        return Terms().add("nll", -student.logprobs()[zeros, 0]) if zeros.any() else Terms()
 
 
 @CHUNKS
-def test_a_chunk_without_gradient_adds_none(chunk_rows):
+def test_a_chunk_without_gradient_adds_none(chunk_tokens):
     setting = make_setting()
     zeros = setting.batch.student.labels == 0
     assert 0 < zeros.sum() < len(zeros)
     expected = setting.naive(lambda: -setting.logits().log_softmax(-1)[zeros, 0].sum() / len(zeros))
-    setting.run({"picky": (setting.make(Picky), 1.0)}, chunk_rows).assert_close(expected)
+    setting.run({"picky": (setting.make(Picky), 1.0)}, chunk_tokens).assert_close(expected)
 
 
-class Afterwards(Gold):
-    """Streams beside the student's rows, and facts that only `combine` reads."""
+class Afterwards(TestLoss):
+    """Streams beside the student's tokens, and facts that only `finish` reads."""
 
     name = "afterwards"
 
     @classmethod
     def needs(cls, params: NoParams, same_tokens: bool) -> Needs:
-        return Needs(
-            student=frozenset({"hidden.last"}),
-            facts=("teacher.label_logprob",),
-            streams=(OwnStream("twice", "student", head="student", learns_head=True),),
-            visits=(Visit("gold", ("student", "twice")),),
-        )
+        return Needs(student=frozenset({"hidden.last"}), facts=frozenset({"teacher.label_logprob"}))
 
-    def streams(self, batch, student, teacher, facts) -> Mapping[str, Own]:
-        return {"twice": Own(2 * student["hidden.last"])}
+    def streams(self, step: Step) -> Mapping[str, Stream]:
+        assert not step.facts
+        return {"twice": Stream(2 * step.student["hidden.last"], "student", beside="student", learns_head=True)}
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
-        return Terms().add("nll", ops.cross_entropy(chunk.logprobs("twice"), chunk.labels("student")).sum())
+    @visit
+    def gold(self, student: Logits, twice: Logits) -> Terms:
+        return Terms().add("nll", ops.cross_entropy(twice.logprobs(), student.labels))
 
-    def combine(self, batch, student, teacher, facts, rows) -> Terms:
-        return Terms().watch("teacher", facts["teacher.label_logprob"].sum(), len(student))
+    def finish(self, step: Step) -> Terms:
+        return Terms().watch("teacher", step.facts["teacher.label_logprob"], len(step.student))
 
 
 @pytest.mark.parametrize("same_tokens", [True, False])
-def test_streams_beside_a_models_rows_do_not_wait_for_facts_that_only_combine_reads(same_tokens):
+def test_streams_beside_a_models_tokens_do_not_wait_for_facts_that_only_finish_reads(same_tokens):
     setting = make_setting(same_tokens)
 
     def formula() -> Tensor:
@@ -211,16 +205,15 @@ def test_streams_beside_a_models_rows_do_not_wait_for_facts_that_only_combine_re
 class Misplaced(OnWrong):
     name = "misplaced"
 
-    @classmethod
-    def needs(cls, params: NoParams, same_tokens: bool) -> Needs:
-        return replace(super().needs(params, same_tokens), visits=(Visit("both", ("student", "shifted")),))
+    @visit
+    def both(self, student: Logits, shifted: Logits) -> Terms:
+        raise AssertionError("it is never seen")
 
 
-def test_a_visit_of_rows_that_stand_nowhere_side_by_side_is_refused():
+def test_a_visit_of_tokens_that_stand_nowhere_side_by_side_is_refused():
     setting = make_setting()
-    with pytest.raises(
-        AssertionError, match=r"^the visit 'x\.both' puts rows of \['student', 'x/shifted'\] side by side"
-    ):
+    message = r"^the visit 'x\.both' puts tokens of \['student', 'x/shifted'\] side by side"
+    with pytest.raises(AssertionError, match=message):
         setting.run({"x": (setting.make(Misplaced), 1.0)})
 
 
@@ -228,67 +221,67 @@ def test_a_visit_of_rows_that_stand_nowhere_side_by_side_is_refused():
 
 
 @CHUNKS
-@pytest.mark.parametrize("loss", [Truncated, TruncatedRows])
-def test_pairs_with_two_tokenizers(chunk_rows, loss):
+@pytest.mark.parametrize("loss", [Truncated, TruncatedTokens])
+def test_pairs_with_two_tokenizers(chunk_tokens, loss):
     setting = make_paired_setting()
     losses = {"sft": (setting.make(CrossEntropy), 0.5), "pairs": (setting.make(loss), 0.8)}
     expected = setting.naive(lambda: 0.5 * gold(setting) + 0.8 * on_pairs(setting))
-    setting.run(losses, chunk_rows).assert_close(expected)
+    setting.run(losses, chunk_tokens).assert_close(expected)
 
 
 @CHUNKS
 @pytest.mark.parametrize("waits_first", [True, False])
-@pytest.mark.parametrize("loss", [Truncated, TruncatedRows])
-def test_pairs_beside_a_loss_that_waits_for_facts(chunk_rows, waits_first, loss):
+@pytest.mark.parametrize("loss", [Truncated, TruncatedTokens])
+def test_pairs_beside_a_loss_that_waits_for_facts(chunk_tokens, waits_first, loss):
     setting = make_half_wrong(make_paired_setting())
     waits = setting.make(OnWrong)
     losses = {"waits": (waits, 0.7), "pairs": (setting.make(loss), 0.8)}
     if not waits_first:
         losses = dict(reversed(losses.items()))
-    wrong = wrong_rows(setting)
+    wrong = wrong_tokens(setting)
     assert 0 < wrong.sum() < len(wrong)
     expected = setting.naive(lambda: 0.7 * on_wrong(waits, setting, wrong) + 0.8 * on_pairs(setting), losses)
-    setting.run(losses, chunk_rows).assert_close(expected)
+    setting.run(losses, chunk_tokens).assert_close(expected)
 
 
 @CHUNKS
 @pytest.mark.parametrize("waits", [False, True])
-def test_own_streams_beside_both_models_rows(chunk_rows, waits):
-    """Where a loss waits for facts, the teacher's rows are walked alone and again in pairs: gradients add up."""
+def test_own_streams_beside_both_models_tokens(chunk_tokens, waits):
+    """Where a loss waits for facts, the teacher's tokens are walked alone and again in pairs: gradients add up."""
     setting = make_half_wrong(make_paired_setting())
     crossed, waiting = setting.make(Crossed), setting.make(OnWrong)
     losses = {"crossed": (crossed, 1.0)} | ({"waits": (waiting, 0.5)} if waits else {})
 
     def formula() -> Tensor:
-        waited = on_wrong(waiting, setting, wrong_rows(setting)) if waits else 0
+        waited = on_wrong(waiting, setting, wrong_tokens(setting)) if waits else 0
         return crossed.naive(setting) + 0.5 * waited
 
-    setting.run(losses, chunk_rows).assert_close(setting.naive(formula, losses))
+    setting.run(losses, chunk_tokens).assert_close(setting.naive(formula, losses))
 
 
-# Values of rows.
+# Values of tokens.
 
 
 @CHUNKS
-def test_rows_that_are_added_up_equal_the_plain_sum(chunk_rows):
+def test_tokens_that_are_added_up_equal_the_plain_sum(chunk_tokens):
     setting = make_setting(bias=True, soft_cap=4.0)
     plain = setting.run({"gold": (setting.make(Gold), 0.6)})
-    setting.run({"gold": (setting.make(GoldRows), 0.6)}, chunk_rows).assert_close(plain)
+    setting.run({"gold": (setting.make(GoldTokens), 0.6)}, chunk_tokens).assert_close(plain)
 
 
 @CHUNKS
-def test_values_that_are_no_sum_over_rows(chunk_rows):
+def test_values_that_are_no_sum_over_tokens(chunk_tokens):
     setting = make_setting()
 
     def formula() -> Tensor:
         values = nll(setting.logits(), setting.batch.student.labels)
         return 0.6 * log_mean_exp(values, setting.batch.student).sum() / setting.batch.counts["sequences"]
 
-    setting.run({"worst": (setting.make(Worst), 0.6)}, chunk_rows).assert_close(setting.naive(formula))
+    setting.run({"worst": (setting.make(Worst), 0.6)}, chunk_tokens).assert_close(setting.naive(formula))
 
 
 @pytest.mark.parametrize("names", [("gold", "worst"), ("worst", "gold")])
-def test_a_softmax_is_shared_by_sums_and_rows_in_any_order(names):
+def test_a_softmax_is_shared_by_sums_and_tokens_in_any_order(names):
     setting = make_setting()
     made = {"gold": (setting.make(Gold), 0.5), "worst": (setting.make(Worst), 0.5)}
 
@@ -300,25 +293,25 @@ def test_a_softmax_is_shared_by_sums_and_rows_in_any_order(names):
 
 
 class Pieces(TestLoss):
-    """Values of rows of every kind: a part of the logits themselves, whole numbers, more than one per row."""
+    """Values of tokens of every kind: a part of the logits themselves, whole numbers, more than one per token."""
 
     name = "pieces"
 
-    @classmethod
-    def needs(cls, params: NoParams, same_tokens: bool) -> Needs:
-        return Needs(visits=(Visit("look", ("student", "teacher"), kind="rows"),))
+    @visit(kind="tokens")
+    def look(self, student: Logits, teacher: Logits) -> Mapping[str, Tensor]:
+        return {
+            "first": student.logits[:, 0],
+            "top": student.logits.argmax(-1),
+            "some": student.logprobs()[:, :3],
+        }
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Mapping[str, Tensor]:
-        logits = chunk.logits("student")
-        return {"first": logits[:, 0], "top": logits.argmax(-1), "some": chunk.logprobs("student")[:, :3]}
-
-    def combine(self, batch, student, teacher, facts, rows) -> Terms:
-        weight = 1.0 + rows["look.top"]
-        return Terms().add("pieces", (weight * rows["look.first"] * rows["look.some"].sum(-1)).sum())
+    def finish(self, step: Step) -> Terms:
+        weight = 1.0 + step.values["look.top"]
+        return Terms().add("pieces", weight * step.values["look.first"] * step.values["look.some"].sum(-1))
 
 
 @pytest.mark.parametrize("pieces_first", [True, False])
-def test_values_of_rows_may_be_part_of_the_logits(pieces_first):
+def test_values_of_tokens_may_be_part_of_the_logits(pieces_first):
     setting = make_setting()
     losses = {"pieces": (setting.make(Pieces), 0.5), "gold": (setting.make(Gold), 0.5)}
     if not pieces_first:
@@ -333,7 +326,7 @@ def test_values_of_rows_may_be_part_of_the_logits(pieces_first):
     setting.run(losses, 3).assert_close(setting.naive(formula))
 
 
-# No rows.
+# No tokens.
 
 
 def run_all(setting: Setting) -> tuple[Outcome, Losses]:
@@ -343,17 +336,17 @@ def run_all(setting: Setting) -> tuple[Outcome, Losses]:
         "crossed": (setting.make(Crossed), 0.5),
         "waits": (setting.make(OnWrong), 0.5),
         "pairs": (setting.make(Truncated), 0.5),
-        "pair_rows": (setting.make(TruncatedRows), 0.5),
-        "gold_rows": (setting.make(GoldRows), 0.5),
+        "pair_tokens": (setting.make(TruncatedTokens), 0.5),
+        "gold_tokens": (setting.make(GoldTokens), 0.5),
     }
     return setting.run(losses), losses
 
 
 @pytest.mark.parametrize("same_tokens", [True, False])
-@pytest.mark.parametrize("rows", [([0], [0]), ([0, 0], [0, 0])])
-def test_no_rows_give_a_zero_loss_and_zero_gradients(same_tokens, rows):
+@pytest.mark.parametrize("tokens", [([0], [0]), ([0, 0], [0, 0])])
+def test_no_tokens_give_a_zero_loss_and_zero_gradients(same_tokens, tokens):
     full, _ = run_all(make_setting(same_tokens))
-    empty, losses = run_all(make_setting(same_tokens, rows))
+    empty, losses = run_all(make_setting(same_tokens, tokens))
     assert empty.loss == 0
     assert empty.terms.keys() == full.terms.keys()
     assert empty.report.watched.keys() == full.report.watched.keys()
@@ -363,10 +356,10 @@ def test_no_rows_give_a_zero_loss_and_zero_gradients(same_tokens, rows):
     assert all((value == 0).all() for value in empty.terms.values())
 
 
-@pytest.mark.parametrize("rows", [([3, 2], [0, 0]), ([0, 0], [3, 2])])
-def test_no_rows_on_one_side(rows):
+@pytest.mark.parametrize("tokens", [([3, 2], [0, 0]), ([0, 0], [3, 2])])
+def test_no_tokens_on_one_side(tokens):
     full, _ = run_all(make_setting(same_tokens=False))
-    found, _ = run_all(make_setting(same_tokens=False, rows=rows))
+    found, _ = run_all(make_setting(same_tokens=False, tokens=tokens))
     assert found.loss.isfinite()
     assert found.terms.keys() == full.terms.keys()
     assert found.gradients.keys() == full.gradients.keys()
@@ -405,12 +398,9 @@ class Diverge(TestLoss):
     name = "diverge"
     divergence: Callable[[Tensor, Tensor], Tensor] = staticmethod(ops.forward_kl)
 
-    @classmethod
-    def needs(cls, params: NoParams, same_tokens: bool) -> Needs:
-        return Needs(visits=(Visit("tokens", ("student", "teacher")),))
-
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
-        return Terms().add("d", type(self).divergence(chunk.logprobs("teacher"), chunk.logprobs("student")).sum())
+    @visit
+    def tokens(self, student: Logits, teacher: Logits) -> Terms:
+        return Terms().add("d", type(self).divergence(teacher.logprobs(), student.logprobs()))
 
 
 @pytest.mark.parametrize("divergence", ops.DIVERGENCES)
@@ -431,28 +421,29 @@ def test_a_token_that_a_model_excludes_leaves_loss_and_gradients_finite(divergen
 # Memory.
 
 
-@pytest.mark.parametrize("rows", [20, 200])
-def test_no_more_logits_than_a_chunk_are_ever_seen(rows, monkeypatch):
-    setting = make_setting(rows=([rows], [rows]))
-    seen: list[int] = []
-    logits = Chunk.logits
+@pytest.mark.parametrize("tokens", [20, 200])
+def test_no_more_logits_than_a_chunk_are_ever_made(tokens, monkeypatch):
+    setting = make_setting(tokens=([tokens], [tokens]))
+    made: list[int] = []
+    finish = Head.finish
 
-    def watched(chunk: Chunk, stream: str) -> Tensor:
-        seen.append(len(logits(chunk, stream)))
-        return logits(chunk, stream)
+    def watched(head: Head, product: Tensor, bias: Tensor | None) -> Tensor:
+        made.append(len(product))
+        return finish(head, product, bias)
 
-    monkeypatch.setattr(Chunk, "logits", watched)
-    setting.run({"pairs": (setting.make(Truncated), 1.0), "rows": (setting.make(TruncatedRows), 1.0)}, 5)
-    assert max(seen) <= 5
-    assert len(seen) >= rows // 5
+    monkeypatch.setattr(Head, "finish", watched)
+    setting.run({"pairs": (setting.make(Truncated), 1.0), "tokens": (setting.make(TruncatedTokens), 1.0)}, 5)
+    assert max(made) <= 5
+    assert len(made) >= tokens // 5
 
 
-def test_the_peak_of_the_pass_does_not_grow_with_its_rows():
+@pytest.mark.parametrize("tile", [None], indirect=True)
+def test_the_peak_of_the_pass_does_not_grow_with_its_tokens():
     vocabulary = 500
 
-    def peak(rows: int) -> int:
+    def peak(tokens: int) -> int:
         """The most bytes that the pass and its backward hold at once, beyond what was there before."""
-        setting = make_setting(rows=([rows], [rows]))
+        setting = make_setting(tokens=([tokens], [tokens]))
         setting = replace(
             setting,
             head=Head(torch.nn.Parameter(torch.randn(vocabulary, S).double())),
@@ -465,7 +456,7 @@ def test_the_peak_of_the_pass_does_not_grow_with_its_rows():
         }
         cpu = [torch.profiler.ProfilerActivity.CPU]
         with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
-            setting.run(losses, chunk_rows=500)
+            setting.run(losses, chunk_tokens=500)
         events = profile.profiler.kineto_results.events()
         return max(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 

@@ -1,0 +1,45 @@
+"""One term of the recipe: a loss under the name of its slot, with all that the plan wants to know of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kdzoo.api.head import HEAD_WEIGHT
+from kdzoo.api.loss import Loss, Needs, Visit
+
+LAST = "hidden.last"
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """A loss under a name, with what it needs and what its methods see."""
+
+    name: str
+    loss: Loss
+    needs: Needs
+    visits: tuple[Visit, ...]
+    state: str = LAST
+    """The teacher's site that the loss reads as `hidden.last`: its own, or a fused one."""
+    prediction: str = LAST
+    """The teacher's site whose logits are the teacher's prediction."""
+
+    @classmethod
+    def of(cls, name: str, loss: Loss, state: str = LAST, prediction: str = LAST) -> LossTerm:
+        needs = loss.needs(loss.params, loss.pair.same_tokens)
+        return cls(name, loss, needs, loss.visits(loss.params), state, prediction)
+
+    @property
+    def teacher_sites(self) -> frozenset[str]:
+        """All that the teacher must capture for it."""
+        read = self.needs.teacher - {HEAD_WEIGHT}
+        return frozenset({self.prediction, *(self.stands_for(site) for site in read)})
+
+    def stands_for(self, site: str) -> str:
+        """The site that is behind one that the loss declares."""
+        name, at, everywhere = site.partition("@")
+        return f"{self.state}{at}{everywhere}" if name == LAST else site
+
+    @property
+    def teacher_stream(self) -> str:
+        """The stream whose logits are the teacher's to this loss."""
+        return "teacher" if self.prediction == LAST else f"teacher {self.prediction}"
