@@ -6,13 +6,14 @@ distillation_llm/distillm/losses.py: ab_div; the one deviation, in the constants
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from kdzoo import Chunk, Loss, Needs, Params, Terms, Visit, hookimpl, ops
+from kdzoo import Logits, Loss, Needs, Params, Register, Terms, hookimpl, ops, visit
 
 
 class ABKD(Loss):
@@ -38,13 +39,18 @@ class ABKD(Loss):
         "-inf; here its log-ratio counts as 100, and negative powers of probabilities are bounded.",
         "`ab_div` loses digits in float32 where αβ is small; here differences are taken without cancellation, and "
         "in float64 where α, β and their sum are below 0.01.",
-        "The authors' trainer divides by the rows of each micro-batch, and the paper averages over every sequence "
-        "first; here the sum is divided by the rows of the whole step.",
+        "The authors' trainer divides by the tokens of each micro-batch, and the paper averages over every sequence "
+        "first; here the sum is divided by the tokens of the whole step.",
         "`alphanet`, the larger of two such divergences by the mean of the micro-batch, is not offered: a "
         "sample's loss would depend on its neighbours.",
     )
 
     class Params(Params):
+        presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+            "abkd@df81318": {"alpha": 0.2, "beta": 0.7, "constants": "authors"},
+        }
+        preset: Literal["abkd@df81318"] | None = None
+        """A release of the authors' code: what is not given beside it is as there."""
         alpha: float = 0.2
         """α. Default: the authors' for GPT-2 of 0.3B and 0.7B (OpenLLaMA: 0.1)."""
         beta: float = 0.7
@@ -68,20 +74,17 @@ class ABKD(Loss):
             return alpha, beta, alpha + beta
 
     @classmethod
-    def needs(cls, params: ABKD.Params, same_tokens: bool) -> Needs:
-        visits = (Visit("tokens", ("student", "teacher")),)
-        return Needs(visits=visits, tokenizers="same", divergence=params.constants == "limit")
+    def needs(cls, params, same_tokens):
+        return Needs(tokenizers="same", divergence=params.constants == "limit")
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
-        tau = self.params.temperature
-        log_p, log_q = chunk.logprobs("teacher", tau), chunk.logprobs("student", tau)
+    @visit
+    def tokens(self, student: Logits, teacher: Logits) -> Terms:
+        log_p, log_q = teacher.logprobs(self.params.temperature), student.logprobs(self.params.temperature)
         dtype = log_p.dtype
         if 0 < max(abs(x) for x in self.params.powers()) < SMALL_POWER:
             log_p, log_q = log_p.double(), log_q.double()
         value = ops.closed_form(self.divergence, log_p, log_q).sum().to(dtype)
-        if self.params.constants == "authors":
-            value = value * self.authors_factor()
-        return Terms().add("abkd", value)
+        return Terms().add("abkd", value * self.authors_factor() if self.params.constants == "authors" else value)
 
     def authors_factor(self) -> float:
         alpha, beta = self.params.alpha, self.params.beta
@@ -90,7 +93,7 @@ class ABKD(Loss):
         return alpha if beta == 0 or alpha + beta == 0 else 1.0
 
     def divergence(self, log_p: Tensor, log_q: Tensor) -> ops.Closed:
-        """D per row, and its derivatives by log p and by log q.
+        """D per token, and its derivatives by log p and by log q.
 
         With u = (q^(α+β) - p^α q^β) / α, which is the derivative by log q, w = (p^(α+β) - p^α q^β) / β, that by log p,
         and v = (q^(α+β) - p^(α+β)) / (α+β), D is the sum of (u + w) / (α+β), which is (v + w) / α. u, v and w have
@@ -139,5 +142,5 @@ def difference(x: Tensor, y: Tensor, ratio: Tensor, power: float) -> Tensor:
 
 
 @hookimpl
-def register_losses(register):  # type: ignore[no-untyped-def]
+def register_plugins(register: Register) -> None:
     register(ABKD)

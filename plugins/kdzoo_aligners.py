@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
-from kdzoo import Aligner, Alignment, Params, Tokens, hookimpl
+from kdzoo import Aligner, Alignment, Params, Register, Tokens, hookimpl
 
 
 class SameTokens(Aligner):
@@ -173,7 +172,7 @@ def _warp(costs: np.ndarray) -> list[tuple[int, int, int, int]]:
 
 
 @hookimpl
-def register_aligners(register: Callable[[type[Aligner]], None]) -> None:
+def register_plugins(register: Register) -> None:
     register(SameTokens)
     register(ByPosition)
     register(ByBytes)

@@ -3,51 +3,25 @@
 After bminixhofer/tokenkit @ bcacdef, `compute_alm_loss` in tokenkit/training/losses.py; deviations are parameters and
 named there. One is none: a chunk that only one model has scored tokens of is left out.
 
-Shapes: N student rows, M teacher rows, n either, B sequences, K places for chunks (some empty), V a vocabulary.
+A chunk is an aligned span, or several that are joined. Shapes: N student tokens, M teacher tokens, n either,
+B sequences, K places for chunks (some empty), V a vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from kdzoo import Batch, Chunk, Loss, Models, Needs, Own, OwnStream, Params, Side, Terms, View, Visit, hookimpl, ops
+from kdzoo import Logits, Loss, ModelInfo, Needs, Params, Register, Role, Step, Stream, Terms, hookimpl, ops, visit
 
 LOWEST = -1e6
 """Log-probability of a chunk that one of the models excludes: a finite number, so that others still learn."""
 
-Difference = Literal[
-    "binary_ce", "reverse_binary_kl", "binary_kl_temp_limit", "abs", "abs_exp", "renyi", "joschu_k2", "joschu_k3"
-]
 
-
-def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x < 0."""
-    return (-x.expm1()).log()
-
-
-def renyi(a: Tensor, b: Tensor, order: float) -> Tensor:
-    """log(p^order q^(1 - order) + (1 - p)^order (1 - q)^(1 - order)) / (order - 1)"""
-    outcomes = (order * x + (1 - order) * y for x, y in ((a, b), (log1mexp(a), log1mexp(b))))
-    return torch.logaddexp(*outcomes) / (order - 1)
-
-
-DIFFERENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "binary_ce": lambda a, b, _: a.expm1() * log1mexp(b) - a.exp() * b,
-    "reverse_binary_kl": lambda a, b, _: b.exp() * (b - a) - b.expm1() * (log1mexp(b) - log1mexp(a)),
-    "binary_kl_temp_limit": lambda a, b, _: a - b + a * (b / a).log(),
-    "abs": lambda a, b, _: (a - b).abs(),
-    "abs_exp": lambda a, b, _: (a.exp() - b.exp()).abs(),
-    "renyi": renyi,
-    "joschu_k2": lambda a, b, _: (a - b).square() / 2,
-    "joschu_k3": lambda a, b, _: (r := (a - b).clamp_max(80)).expm1() - r,  # e^88 is infinite in float32
-}
-"""Of the teacher's and the student's log-probabilities [K] < 0, and of the order of Renyi's divergence."""
 WITHOUT_TEMPERATURE = ("binary_kl_temp_limit", "abs", "renyi")
 
 
@@ -61,23 +35,25 @@ class Alm(Loss):
     )
     formula = "L = 1/C sum_c [- P_c log Q_c - (1 - P_c) log(1 - Q_c)],  P_c = p(c)^(1/tau), Q_c = q(c)^(1/tau)"
     deviations = (
-        "`compute_alm_loss` divides by joined chunks, and joins their counts twice by mistake; by default the "
-        "divisor is all chunks before they are joined, which no prediction has a part in (`denominator`).",
-        "It asks the state at a response's last token whether a boundary follows; by default that is certain, "
-        "since nothing trains that prediction (`last_state`).",
-        "By default it scores prompts as well; here chunks are of responses, and those with scored tokens of one "
-        "model only are left out.",
-        "Chunks that are cut by a matrix over pairs of tokens (`get_unbiased_alignments`) are not offered: a "
-        "script of the authors' makes it from a corpus, and their examples join chunks instead, as `merge_below` "
-        "does.",
-        "The authors scale each loss by its gradient's norm; here a term counts by its slot's weight, which "
-        "should be in proportion to `temperature`.",
-        "`compute_alm_latents_loss`, between states where chunks end, is not offered: its divisor is a mean over "
-        "the micro-batch.",
+        "`compute_alm_loss` divides by joined chunks, and joins their counts twice by mistake; by default the divisor "
+        "is all chunks before they are joined, which no prediction has a part in (`denominator`).",
+        "It asks the state at a response's last token whether a boundary follows; by default that is certain, since "
+        "nothing trains that prediction (`last_state`).",
+        "By default it scores prompts as well; here chunks are of responses, and need scored tokens of both models.",
+        "Chunks cut by a matrix over pairs of tokens (`get_unbiased_alignments`), which a script of the authors' makes "
+        "from a corpus, are not offered; their examples join chunks instead, as `merge_below` does.",
+        "The authors scale each loss by its gradient's norm; here a term counts by its slot's weight, which should be "
+        "in proportion to `temperature`.",
+        "`compute_alm_latents_loss` (states where chunks end) is not offered: its divisor is a micro-batch's mean.",
     )
 
     class Params(Params):
-        difference: Difference = "binary_ce"
+        presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+            "tokenkit@bcacdef": {"last_state": True, "denominator": "merged_chunk_count"},
+        }
+        preset: Literal["tokenkit@bcacdef"] | None = None
+        """A release of the authors' code: what is not given beside it is as there."""
+        difference: ops.LikelihoodDifference = "binary_ce"
         """How far the teacher's likelihood of a chunk is from the student's, by the authors' names. "binary_ce" keeps
         the teacher's entropy, so that its minimum is not 0. "binary_kl_temp_limit" is the limit of a large temperature;
         it, "abs" and "renyi" have none."""
@@ -105,7 +81,7 @@ class Alm(Loss):
         """What a chunk weighs: 1, or how many tokens the teacher has for it."""
         denominator: Literal["chunk_count", "token_count", "merged_chunk_count"] = "chunk_count"
         """What the sum is divided by, over the whole step. "chunk_count": all chunks, before they are joined.
-        "token_count": the teacher's rows. "merged_chunk_count": joined chunks, the authors' intention, which only the
+        "token_count": the teacher's tokens. "merged_chunk_count": joined chunks, the authors' intention, which only the
         teacher's predictions tell, so that it is of one micro-batch. (The authors join the counts twice by mistake,
         which makes their loss too large by about the chunks of a joined one.)"""
 
@@ -121,139 +97,96 @@ class Alm(Loss):
             """Whether it matters what follows a chunk."""
             return self.append_boundary or self.merge_below is not None
 
+        @property
+        def looks_at_last_state(self) -> bool:
+            return self.looks_beyond and self.last_state
+
     @classmethod
-    def needs(cls, params: Alm.Params, same_tokens: bool) -> Needs:
-        last = (
-            OwnStream("student_last", "own", head="student", learns_head=True),
-            OwnStream("teacher_last", "own", head="teacher"),
-        )
-        streams = last if params.looks_beyond and params.last_state else ()
-        sites = frozenset({"hidden.last@all"} if streams else ())
-        return Needs(
-            student=sites,
-            teacher=sites,
-            streams=streams,
-            visits=tuple(Visit(n, (n,), kind="rows") for n in ("student", "teacher", *(s.name for s in streams))),
-            aligned=not same_tokens,
-            lexicons=params.looks_beyond,
-            batch_coupled=params.denominator == "merged_chunk_count" and params.merge_below is not None,
-        )
+    def needs(cls, params, same_tokens):
+        sites = frozenset({"hidden.last@all"} if params.looks_at_last_state else ())
+        coupled = params.denominator == "merged_chunk_count" and params.merge_below is not None
+        says, aligned = params.looks_beyond, not same_tokens
+        return Needs(student=sites, teacher=sites, aligned=aligned, vocabularies=says, batch_coupled=coupled)
 
-    def __init__(self, params: Alm.Params, models: Models, artefacts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        super().__init__(params, models, artefacts)
-        if params.looks_beyond:
-            for model, facts in (("student", models.student), ("teacher", models.teacher)):
-                assert facts is not None and facts.lexicon is not None
-                tokens = {facts.lexicon.end}
-                if params.boundary == "space":
-                    texts = enumerate(facts.lexicon.texts)
-                    tokens = facts.lexicon.special.union(i for i, text in texts if text.startswith((" ", "\t", "\n")))
-                mask = torch.zeros(facts.vocabulary, dtype=torch.bool)
-                mask[[token for token in tokens if token < facts.vocabulary]] = True
-                self.register_buffer(f"{model}_boundary", mask, persistent=False)  # [V]
-
-    def streams(self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor]) -> dict[str, Own]:
-        """The state at each response's last token [B, width]."""
-        found = {}
-        for model, view in (("student", student), ("teacher", teacher)):
-            rows = view.side.rows
-            last = rows.new_zeros(view.side.sequences).scatter_reduce(0, view.sample, rows + 1, "amax")
-            found[f"{model}_last"] = Own(view["hidden.last@all"][last], labels=torch.zeros_like(last))
-        return found
-
-    def over_vocab(self, visit: str, chunk: Chunk) -> dict[str, Tensor]:
-        log_p = chunk.logprobs(visit)
-        found = {"label": -ops.cross_entropy(log_p, chunk.labels(visit))}
+    def build(self, student, teacher, artifacts):
         if self.params.looks_beyond:
-            boundary = self.get_buffer(f"{visit.removesuffix('_last')}_boundary")
+            self.register_buffer("student_boundary", self.boundaries(student), persistent=False)  # [V]
+            self.register_buffer("teacher_boundary", self.boundaries(teacher), persistent=False)  # [W]
+
+    def boundaries(self, model: ModelInfo) -> Tensor:
+        """Which tokens are a boundary [vocabulary] bool."""
+        tokens = {model.vocabulary.end}
+        if self.params.boundary == "space":
+            texts = enumerate(model.vocabulary.texts)
+            tokens = model.vocabulary.special.union(i for i, text in texts if text.startswith((" ", "\t", "\n")))
+        mask = torch.zeros(model.vocab_size, dtype=torch.bool)
+        mask[[token for token in tokens if token < model.vocab_size]] = True
+        return mask
+
+    def streams(self, step: Step):
+        if not self.params.looks_at_last_state:
+            return {}
+        return {"student_last": last_states(step, "student"), "teacher_last": last_states(step, "teacher")}
+
+    @visit(kind="tokens", each=("student", "teacher", "student_last", "teacher_last"))
+    def outcome(self, seen: Logits) -> dict[str, Tensor]:
+        log_p = seen.logprobs()
+        found = {"label": -ops.cross_entropy(log_p, seen.labels)}
+        if self.params.looks_beyond:
+            boundary = self.get_buffer(f"{seen.stream.removesuffix('_last')}_boundary")
             mass = log_p.exp() @ boundary.to(log_p.dtype)
             found["boundary"] = mass.clamp(torch.finfo(mass.dtype).tiny, 1).log()
         return found
 
-    def combine(
-        self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor], rows: Mapping[str, Tensor]
-    ) -> Terms:
-        p, sides = self.params, {"student": student.side, "teacher": teacher.side}
-        aligned = chunks = Chunks.aligned(sides)
+    def finish(self, step: Step) -> Terms:
+        p, values = self.params, step.values
+        aligned = chunks = ops.Spans.aligned({"student": step.student.side, "teacher": step.teacher.side})
         if p.merge_below is not None:
-            closes = self.after(chunks, sides, rows)["teacher"].exp() > p.merge_below
-            chunks = aligned.joined(closes, teacher.sample)
-        log = {model: chunks.sum(model, rows[f"{model}.label"]) for model in sides}
+            closes = self.after(chunks, step)["teacher"].exp() > p.merge_below
+            chunks = aligned.joined(closes, step.teacher.sample)
+        log = {model: chunks.sum(model, values[f"outcome.{model}.label"]) for model in chunks.of}
         if p.append_boundary:
-            log = {model: log[model] + after for model, after in self.after(chunks, sides, rows).items()}
+            log = {model: log[model] + after for model, after in self.after(chunks, step).items()}
         # Places without a chunk have some value, so that no gradient is lost in infinities.
         log = {model: torch.where(chunks.held, value.clamp(LOWEST, 0), -1) for model, value in log.items()}
 
         tau = 1.0 if p.difference in WITHOUT_TEMPERATURE else p.temperature
         a, b = log["teacher"].detach() / tau - p.epsilon, log["student"] / tau - p.epsilon
-        tokens, count = chunks.sum("teacher", torch.ones_like(rows["teacher.label"])), chunks.held.sum()
+        tokens, count = chunks.sum("teacher", torch.ones_like(values["outcome.teacher.label"])), chunks.held.sum()
         weight = {"chunk_count": 1, "token_count": tokens, "log1p_token_count": tokens.log1p()}[p.numerator]
-        total = torch.where(chunks.held, weight * DIFFERENCES[p.difference](a, b, p.order), 0).sum()
+        total = torch.where(chunks.held, weight * ops.LIKELIHOOD_DIFFERENCES[p.difference](a, b, p.order), 0).sum()
         if p.denominator == "merged_chunk_count":
             total = total * aligned.held.sum() / count.clamp_min(1)
-        terms = Terms().add("likelihood", total, per="teacher_rows" if p.denominator == "token_count" else "spans")
-        terms.watch("teacher_tokens_per_chunk", tokens.sum(), count)
+        terms = Terms().add("likelihood", total, per="teacher_tokens" if p.denominator == "token_count" else "spans")
+        terms.watch("teacher_tokens_per_chunk", tokens, count)
         for model, value in log.items():
-            terms.watch(f"{model}_log_likelihood", torch.where(chunks.held, value, 0).sum(), count)
+            terms.watch(f"{model}_log_likelihood", torch.where(chunks.held, value, 0), count)
         return terms
 
-    def after(self, chunks: Chunks, sides: Mapping[str, Side], rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def after(self, chunks: ops.Spans, step: Step) -> dict[str, Tensor]:
         """Log-probability of a boundary after each chunk [K], by model: what the state at its last token predicts."""
         found, certain = {}, torch.zeros_like(chunks.held)
-        for model, side in sides.items():
-            is_followed = ops.is_followed(side)
-            following = rows[f"{model}.boundary"].roll(-1)
+        for model, view in (("student", step.student), ("teacher", step.teacher)):
+            is_followed = ops.is_followed(view.side)
+            following = step.values[f"outcome.{model}.boundary"].roll(-1)
             if self.params.last_state:
-                following = torch.where(is_followed, following, rows[f"{model}_last.boundary"][side.sample])
+                last = step.values[f"outcome.{model}_last.boundary"][view.sample]
+                following = torch.where(is_followed, following, last)
             else:
                 certain |= ~chunks.last(model, is_followed)
             found[model] = chunks.last(model, following)
         return {model: torch.where(certain, 0, value) for model, value in found.items()}
 
 
-@dataclass(frozen=True)
-class Chunks:
-    """Chunks of a batch, each at one of K places; what has rows on one side alone is none."""
-
-    of: Mapping[str, Tensor]  # by model [n]: the place of each row's chunk; K for none
-    held: Tensor  # [K] bool: where a chunk is
-
-    @classmethod
-    def aligned(cls, sides: Mapping[str, Side]) -> Chunks:
-        # Every chunk has a token: a bound on their number, so that no device is waited for.
-        places = max(side.input_ids.numel() for side in sides.values())
-        held = sides["teacher"].span.new_ones(places + 1, dtype=torch.bool)
-        for side in sides.values():
-            present = torch.zeros_like(held)
-            present[side.span] = True
-            held &= present
-        held[-1] = False  # a span of -1 is none
-        of = {model: torch.where(held[side.span], side.span, places) for model, side in sides.items()}
-        return cls(of, held[:-1])
-
-    def sum(self, model: str, values: Tensor) -> Tensor:
-        """Values of rows [n], added up over each chunk [K]."""
-        return values.new_zeros(len(self.held) + 1).index_add(0, self.of[model], values)[:-1]
-
-    def last(self, model: str, values: Tensor) -> Tensor:
-        """The value [n] of each chunk's last row [K]; 0 without a chunk."""
-        of = self.of[model]
-        row = torch.arange(len(of), device=of.device)
-        row = of.new_full((len(self.held) + 1,), -1).scatter_reduce(0, of, row, "amax")[:-1]
-        return torch.cat([values, values.new_zeros(1)])[row]
-
-    def joined(self, closes: Tensor, sample: Tensor) -> Chunks:
-        """Chunks up to one that `closes` [K], or a sequence's last, as one at its place. `sample` is the teacher's."""
-        places = len(self.held)
-        place = torch.arange(places, device=closes.device)
-        sequence = self.last("teacher", sample)
-        ends = torch.zeros_like(place).scatter_reduce(0, sequence, torch.where(self.held, place, 0), "amax")
-        final = self.held & (closes | (place == ends[sequence]))
-        to = torch.where(final, place, places).flip(0).cummin(0).values.flip(0)
-        to = torch.cat([to, to.new_full((1,), places)])
-        return Chunks({model: to[of] for model, of in self.of.items()}, final)
+def last_states(step: Step, role: Role) -> Stream:
+    """The state at each response's last token [B, width]."""
+    view = step.student if role == "student" else step.teacher
+    last = view.side.positions.new_zeros(view.side.sequences)
+    last = last.scatter_reduce(0, view.sample, view.side.positions + 1, "amax")
+    hidden = view["hidden.last@all"][last]
+    return Stream(hidden, role, labels=torch.zeros_like(last), learns_head=role == "student")
 
 
 @hookimpl
-def register_losses(register):  # type: ignore[no-untyped-def]
+def register_plugins(register: Register) -> None:
     register(Alm)

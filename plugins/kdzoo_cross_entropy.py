@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from kdzoo import Chunk, Loss, Needs, Params, Terms, Visit, hookimpl, ops
+from kdzoo import Logits, Loss, Needs, Params, Register, Terms, hookimpl, ops, visit
 
 
 class CrossEntropy(Loss):
@@ -18,24 +18,25 @@ class CrossEntropy(Loss):
 
     class Params(Params):
         where: Literal["everywhere", "teacher_right", "teacher_wrong"] = "everywhere"
-        """Which rows count: all, or those where the gold token is, or is not, the teacher's first choice. The sum is
-        divided by all rows in any case, so that the two parts add up to the whole."""
+        """Which tokens count: all, or those where the gold token is, or is not, the teacher's first choice. The sum is
+        divided by all tokens in any case, so that the two parts add up to the whole."""
 
     @classmethod
-    def needs(cls, params: CrossEntropy.Params, same_tokens: bool) -> Needs:
-        facts = () if params.where == "everywhere" else ("teacher.correct",)
-        return Needs(visits=(Visit("gold", ("student",), facts=facts),), aligned=bool(facts) and not same_tokens)
+    def needs(cls, params, same_tokens):
+        if params.where == "everywhere":
+            return Needs()
+        return Needs(facts=frozenset({"teacher.correct"}), aligned=not same_tokens)
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
-        log_q, labels = chunk.logprobs("student"), chunk.labels("student")
-        nll = ops.cross_entropy(log_q, labels)
-        right = ops.is_top(log_q.detach(), labels).sum()
+    @visit
+    def gold(self, student: Logits) -> Terms:
+        log_q = student.logprobs()
+        nll = ops.cross_entropy(log_q, student.labels)
+        right = ops.is_top(log_q.detach(), student.labels)
         if self.params.where != "everywhere":
-            counts = chunk.facts["teacher.correct"] == (self.params.where == "teacher_right")
-            nll = torch.where(counts, nll, torch.zeros_like(nll))
-        return Terms().add("cross_entropy", nll.sum()).watch("token_accuracy", right, len(labels))
+            nll = torch.where(student.fact("teacher.correct") == (self.params.where == "teacher_right"), nll, 0)
+        return Terms().add("cross_entropy", nll).watch("token_accuracy", right, len(student))
 
 
 @hookimpl
-def register_losses(register):  # type: ignore[no-untyped-def]
+def register_plugins(register: Register) -> None:
     register(CrossEntropy)

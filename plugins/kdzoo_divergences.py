@@ -1,22 +1,24 @@
 """Divergences between the next-token distributions of a teacher and a student that share one tokenizer.
 
-p is the teacher's distribution, q the student's, i a row, v a token. All are summed over the vocabulary and averaged
-over rows. What several libraries call by one name differs in temperatures, weights and constants; each parameter says
-whose reading it is: songmzhang/DSKD @ 077337a, jongwooko/distillm @ d47e77f (whose functions ghwang-s/abkd @ df81318
-copies), huggingface/trl @ f2cd577, arcee-ai/DistillKit @ a61c2e7, songmzhang/KDFlow @ 3a7a21a,
-bminixhofer/tokenkit @ bcacdef. DistiLLM's `symmetric_kl` is two losses in one recipe, `forward_kl` and `reverse_kl`.
+p is the teacher's distribution, q the student's, i a token of the response, v one of the vocabulary. All are summed
+over the vocabulary and averaged over tokens. What several libraries call by one name differs in temperatures, weights
+and constants; each parameter says whose reading it is: songmzhang/DSKD @ 077337a, jongwooko/distillm @ d47e77f (whose
+functions ghwang-s/abkd @ df81318 copies), huggingface/trl @ f2cd577, arcee-ai/DistillKit @ a61c2e7, songmzhang/KDFlow
+@ 3a7a21a, bminixhofer/tokenkit @ bcacdef. DistiLLM's `symmetric_kl` is two losses in one recipe, `forward_kl` and
+`reverse_kl`.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from kdzoo import Chunk, Loss, Needs, Params, Terms, Visit, hookimpl, ops
+from kdzoo import Logits, Loss, Needs, Params, Register, Terms, hookimpl, ops, visit
 
 
 class DivergenceParams(Params):
@@ -55,30 +57,29 @@ class ForwardParams(DivergenceParams):
 
 
 class Divergence(Loss):
-    """What all of them do: `divergence` of two log-softmaxes, summed over rows."""
+    """What all of them do: `divergence` of two log-softmaxes, summed over tokens."""
 
     Params = DivergenceParams
 
     @classmethod
-    def needs(cls, params: Any, same_tokens: bool) -> Needs:
-        visits = (Visit("tokens", ("student", "teacher")),)
-        return Needs(visits=visits, tokenizers="same", divergence=params.is_divergence)
+    def needs(cls, params, same_tokens):
+        return Needs(tokenizers="same", divergence=params.is_divergence)
 
     @abstractmethod
     def divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """Of the teacher's and the student's log-probabilities [n, V], per row [n]."""
+        """Of the teacher's and the student's log-probabilities [n, V], per token [n]."""
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
+    @visit
+    def tokens(self, student: Logits, teacher: Logits) -> Terms:
         params = self.params
-        tau = params.temperature
-        log_p = chunk.logprobs("teacher", tau * params.teacher_temperature)
-        log_q = chunk.logprobs("student", tau)
+        log_p = teacher.logprobs(params.temperature * params.teacher_temperature)
+        log_q = student.logprobs(params.temperature)
         if params.top_k is not None:
             log_p, log_q = ops.top_k_and_rest(log_p, log_q, params.top_k, params.rest)
         value = self.divergence(log_p, log_q)
         # Below 0 is rounding: taken off the value, not off the gradient.
         value = value - value.detach().clamp_max(0)
-        return Terms().add(self.name, value.sum() * (tau**2 if params.square_temperature else 1.0))
+        return Terms().add(self.name, value * params.temperature**2 if params.square_temperature else value)
 
 
 class ForwardKL(Divergence):
@@ -91,15 +92,22 @@ class ForwardKL(Divergence):
         "A token that the student alone excludes, by a logit of -inf, counts as 100 nats: "
         "`compute_forward_kl_divergence` of DSKD and `forward_kl` of DistiLLM leave it out, which can make a "
         "divergence negative, and DSKD's is not a number where the teacher alone excludes one.",
-        "`forward_kl` of DistiLLM and ABKD and `KLDLoss` of DistillKit divide by the rows of each micro-batch; "
+        "`forward_kl` of DistiLLM and ABKD and `KLDLoss` of DistillKit divide by the tokens of each micro-batch; "
         "here the sum is divided by those of the whole step, so that no split changes it.",
         '`sparse_kl_div` of DistillKit with "symmetric_uniform" and a temperature other than 1 tempers the '
         "teacher's other tokens as if they were one and the student's each, so that two equal models differ; that "
         "reading is not offered.",
         "DistillKit's trainer takes the mask of labels for the logits of the same positions, one too late; here a "
-        "row is the one that predicts a token of the response.",
+        "position is the one that predicts a token of the response.",
     )
-    Params = ForwardParams
+
+    class Params(ForwardParams):
+        presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+            "distillm@d47e77f": {"subtract_entropy": False},
+            "distillkit@a61c2e7": {"square_temperature": True},
+        }
+        preset: Literal["distillm@d47e77f", "distillkit@a61c2e7"] | None = None
+        """Whose code: what is not given beside it is as there."""
 
     def divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         kl = ops.forward_kl(log_p, log_q)
@@ -114,10 +122,10 @@ class ReverseKL(Divergence):
     formula = "L = 1/N sum_i KL(q_i || p_i) = 1/N sum_i sum_v q_i(v) (log q_i(v) - log p_i(v)), p teacher, q student"
     deviations = (
         "MiniLLM reaches this divergence by reinforcement on the student's own samples (`MiniLLMTrainer` of TRL); "
-        "here it is computed token by token on the rows of the data.",
+        "here it is computed token by token on the data.",
         "A token that the teacher alone excludes, by a logit of -inf, counts as 100 nats: `reverse_kl` of "
         "DistiLLM leaves it out, which can make a divergence negative.",
-        "`reverse_kl` of DistiLLM and ABKD divides by the rows of each micro-batch; here the sum is divided by "
+        "`reverse_kl` of DistiLLM and ABKD divides by the tokens of each micro-batch; here the sum is divided by "
         "those of the whole step.",
     )
 
@@ -135,19 +143,26 @@ class JS(Divergence):
     )
     formula = "L = 1/N sum_i [w KL(p_i || m_i) + (1 - w) KL(q_i || m_i)], m = w p + (1 - w) q, p teacher, q student"
     deviations = (
-        "GKD trains on the student's own samples as well; here rows are those of the data.",
+        "GKD trains on the student's own samples as well; here the answers are those of the data.",
         "`compute_js_divergence` of DSKD takes logarithms of probabilities plus 1e-9; here nothing is added, and "
         "nothing is infinite.",
-        "`js_distance` of DistiLLM and ABKD and `JSDLoss` of DistillKit divide by the rows of each micro-batch; "
+        "`js_distance` of DistiLLM and ABKD and `JSDLoss` of DistillKit divide by the tokens of each micro-batch; "
         "here the sum is divided by those of the whole step.",
     )
 
     class Params(DivergenceParams):
+        presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+            "distillm@d47e77f": {"teacher_weight": 0.1},
+            "abkd@df81318": {"teacher_weight": 0.9},
+            "distillkit@a61c2e7": {"square_temperature": True},
+        }
+        preset: Literal["distillm@d47e77f", "abkd@df81318", "distillkit@a61c2e7"] | None = None
+        """Whose code: what is not given beside it is as there."""
         teacher_weight: float = Field(0.5, ge=0, le=1)
         """w, of the teacher in the mixture and of its divergence in the sum. It is `beta` of TRL, 1 - `jsd_beta` of
-        KDFlow, and 1 - `lam` of DistiLLM (whose default is 0.9, w = 0.1) and of ABKD's copy (0.1, w = 0.9); DSKD's is
-        0.5. At 0 and 1 the divergence would be 0 whatever the student does: there it is its limit per w and per 1 - w,
-        KL(p || q) at 0 and KL(q || p) at 1, as in TRL."""
+        KDFlow, and 1 - `lam` of DistiLLM and of ABKD's copy; DSKD's is 0.5. At 0 and 1 the divergence would be 0
+        whatever the student does: there it is its limit per w and per 1 - w, KL(p || q) at 0 and KL(q || p) at 1, as in
+        TRL."""
 
     def divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         ends = {0.0: ops.forward_kl, 1.0: ops.reverse_kl}
@@ -165,13 +180,18 @@ class SkewForwardKL(Divergence):
     )
     formula = "L = 1/N sum_i KL(p_i || s p_i + (1 - s) q_i), p teacher, q student"
     deviations = (
-        "DistiLLM trains on the student's own samples as well; here rows are those of the data.",
+        "DistiLLM trains on the student's own samples as well; here the answers are those of the data.",
         "`skewed_forward_kl` of DistiLLM and ABKD keeps the entropy of p in (`subtract_entropy` false); by "
         "default it is taken off, so that the least value is 0.",
-        "It divides by the rows of each micro-batch; here the sum is divided by those of the whole step.",
+        "It divides by the tokens of each micro-batch; here the sum is divided by those of the whole step.",
     )
 
     class Params(ForwardParams):
+        presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+            "distillm@d47e77f": {"subtract_entropy": False},
+        }
+        preset: Literal["distillm@d47e77f"] | None = None
+        """Whose code: what is not given beside it is as there."""
         skew: float = Field(0.1, ge=0, lt=1)
         """s, the teacher's share of the mixture; 0 is the forward KL."""
 
@@ -187,8 +207,8 @@ class SkewReverseKL(Divergence):
     paper = SkewForwardKL.paper
     formula = "L = 1/N sum_i KL(q_i || (1 - s) p_i + s q_i), p teacher, q student"
     deviations = (
-        "DistiLLM trains on the student's own samples as well; here rows are those of the data.",
-        "`skewed_reverse_kl` of DistiLLM and ABKD divides by the rows of each micro-batch; here the sum is "
+        "DistiLLM trains on the student's own samples as well; here the answers are those of the data.",
+        "`skewed_reverse_kl` of DistiLLM and ABKD divides by the tokens of each micro-batch; here the sum is "
         "divided by those of the whole step.",
     )
 
@@ -217,10 +237,15 @@ class AdaptiveKL(Divergence):
         "then equal and the divergence is 0.",
         "`AKL` of ABKD leaves its weights a gradient where the student is passed as its teacher, as in the call "
         "that its trainer keeps as a comment; here weights never have one.",
-        "`AKL` of ABKD divides by the rows of each micro-batch; here the sum is divided by those of the whole step.",
+        "`AKL` of ABKD divides by the tokens of each micro-batch; here the sum is divided by those of the whole step.",
     )
 
     class Params(DivergenceParams):
+        presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+            "abkd@df81318": {"crossing": "tail"},
+        }
+        preset: Literal["abkd@df81318"] | None = None
+        """Whose code: what is not given beside it is as there."""
         head_mass: float = Field(0.5, gt=0, lt=1)
         """The cumulated probability that parts the teacher's likely tokens (head) from the others (tail)."""
         crossing: Literal["head", "tail"] = "head"
@@ -243,20 +268,27 @@ class TotalVariation(Divergence):
     )
     formula = "L = 1/N sum_i 1/2 sum_v |p_i(v) - q_i(v)|, p teacher, q student"
     deviations = (
-        "`tv_distance` of DistiLLM and `TVDLoss` of DistillKit divide by the rows of each micro-batch; here the "
+        "`tv_distance` of DistiLLM and `TVDLoss` of DistillKit divide by the tokens of each micro-batch; here the "
         "sum is divided by those of the whole step.",
     )
+
+    class Params(DivergenceParams):
+        presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+            "distillkit@a61c2e7": {"square_temperature": True},
+        }
+        preset: Literal["distillkit@a61c2e7"] | None = None
+        """Whose code: what is not given beside it is as there."""
 
     def divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return ops.total_variation(log_p, log_q)
 
 
 def entropy(log_p: Tensor) -> Tensor:
-    """- sum_v p log p, per row [n]."""
+    """- sum_v p log p, per token [n]."""
     return torch.special.entr(log_p.exp()).sum(-1)
 
 
 @hookimpl
-def register_losses(register):  # type: ignore[no-untyped-def]
+def register_plugins(register: Register) -> None:
     for loss in (ForwardKL, ReverseKL, JS, SkewForwardKL, SkewReverseKL, AdaptiveKL, TotalVariation):
         register(loss)

@@ -1,33 +1,19 @@
 """Dual-space knowledge distillation, version 1: both models' states meet under both models' heads.
 
-One tokenizer: row i of the teacher is row i of the student. Two: cross-model attention (CMA) from the embeddings of
+One tokenizer: token i of the teacher is token i of the student. Two: cross-model attention (CMA) from the embeddings of
 each side's tokens. Follows songmzhang/DSKD @ 077337a; deviations are parameters and named there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from kdzoo import (
-    Batch,
-    Chunk,
-    Loss,
-    Models,
-    Needs,
-    Own,
-    OwnStream,
-    Params,
-    Terms,
-    View,
-    Visit,
-    hookimpl,
-    ops,
-)
+from kdzoo import Logits, Loss, Needs, Register, Step, Stream, Terms, View, hookimpl, ops, visit
 
 
 class DSKD(Loss):
@@ -40,118 +26,103 @@ class DSKD(Loss):
     )
     formula = "L = 1/N sum_i [CE(t2s_i, y_i) + C_i D(sg(t2s_i), q_i)] + 1/N sum_j KL(p_j || s2t_j)"
     deviations = (
-        "`DualSpaceKDWithCMA` normalises keys and values by standard deviations over the whole padded batch, "
-        "prompts included; by default they are those of one sequence's response, so that neighbours and padding "
-        "do not count (`std`).",
+        "`DualSpaceKDWithCMA` normalises keys and values by standard deviations over the whole padded batch, prompts "
+        "included; by default they are those of one response, so that neighbours and padding do not count (`std`).",
         "Projected teacher states are multiplied with `lm_head.weight` alone there; here they pass the student's "
         "whole head, with a bias, a scale or a soft cap where its family has them.",
-        "`DualSpaceKDWithCMA` fails for teachers of GPT-2's kind, whose embedding it looks for under another "
-        "name; here every family with an anatomy works.",
+        "`DualSpaceKDWithCMA` fails for teachers of GPT-2's kind, whose embedding it looks for under another name; "
+        "here every family with a model adapter works.",
         "The query's projector is always built there; here it exists only where attention aligns.",
     )
 
-    class Params(Params):
-        divergence: Literal[
-            "forward_kl", "reverse_kl", "js", "skew_forward_kl", "skew_reverse_kl", "adaptive_kl", "total_variation"
-        ] = "forward_kl"
-        """D, in the student's space. The teacher's space always takes the forward KL, as the authors' code does."""
+    class Params(ops.DivergenceParams):
+        """D is measured in the student's space; the teacher's takes the forward KL, as the authors' code does."""
+
+        presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"dskd@077337a": {"std": "batch"}}
+        preset: Literal["dskd@077337a"] | None = None
+        """A release of the authors' code: what is not given beside it is as there."""
         temperature: float = Field(2.0, gt=0)
         """Divides all logits of the two divergences (not of the cross-entropy). No factor of its square."""
         teacher_temperature: float = Field(1.0, gt=0)
         """Divides the projected teacher's logits once more, where attention aligns."""
-        skew: float = Field(0.1, ge=0, le=1)
-        """The mixture of the skewed divergences."""
-        head_mass: float = Field(0.5, gt=0, lt=1)
-        """Where adaptive_kl splits the teacher's distribution into head and tail."""
         alignment: Literal["auto", "identity", "attention"] = "auto"
         """"auto": identity for one tokenizer, cross-model attention for two."""
         std: Literal["sequence", "batch"] = "sequence"
-        """Over what attention's keys and values are normalised. "sequence": the response rows of one sequence.
+        """Over what attention's keys and values are normalised. "sequence": the response tokens of one sequence.
         "batch": the authors' reading, the whole padded batch with its prompts and padding, so that a sequence's loss
         depends on its neighbours."""
 
-    @staticmethod
-    def attends(params: DSKD.Params, same_tokens: bool) -> bool:
-        return params.alignment == "attention" or (params.alignment == "auto" and not same_tokens)
+        def attends(self, same_tokens: bool) -> bool:
+            return self.alignment == "attention" or (self.alignment == "auto" and not same_tokens)
 
     @classmethod
-    def needs(cls, params: DSKD.Params, same_tokens: bool) -> Needs:
-        attends = cls.attends(params, same_tokens)
-        embeddings = {"embed.input", "embed.target"} if attends else set()
-        whole = {"hidden.last@all", "embed.zero"} if attends and params.std == "batch" else set()
+    def needs(cls, params, same_tokens):
+        embeddings = {"embed.input", "embed.target"} if params.attends(same_tokens) else set()
+        whole = {"hidden.last@all", "embed.zero"} if embeddings and params.std == "batch" else set()
         return Needs(
             student=frozenset({"hidden.last"} | embeddings),
             teacher=frozenset({"hidden.last"} | embeddings | whole),
-            streams=(OwnStream("t2s", "student", head="student"), OwnStream("s2t", "teacher", head="teacher")),
-            visits=(Visit("student_space", ("student", "t2s")), Visit("teacher_space", ("teacher", "s2t"))),
             tokenizers="same" if params.alignment == "identity" else "any",
             batch_coupled=bool(whole),
         )
 
-    def __init__(self, params: DSKD.Params, models: Models, artefacts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        super().__init__(params, models, artefacts)
-        assert models.student is not None and models.teacher is not None
-        s, d = models.student.width, models.teacher.width
-        self.attention = self.attends(params, models.same_tokens)
-        self.teacher_to_student = nn.Linear(d, s)
-        self.student_to_teacher = nn.Linear(s, d)
+    def build(self, student, teacher, artifacts):
+        self.attention = self.params.attends(self.pair.same_tokens)
+        self.teacher_to_student = nn.Linear(teacher.width, student.width)
+        self.student_to_teacher = nn.Linear(student.width, teacher.width)
         if self.attention:
-            self.query = nn.Linear(2 * s, 2 * d)
+            self.query = nn.Linear(2 * student.width, 2 * teacher.width)
 
-    def streams(self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor]) -> dict[str, Own]:
-        if not self.attention:
-            return {
-                "t2s": Own(self.teacher_to_student(teacher["hidden.last"])),
-                "s2t": Own(self.student_to_teacher(student["hidden.last"])),
-            }
-        f_in, f_out, h_t = teacher["embed.input"], teacher["embed.target"], teacher["hidden.last"]
-        keys = torch.cat([f_in, f_out], -1)
-        if self.params.std == "sequence":
-            key_std, out_std, hidden_std = (ops.sequence_std(x, teacher.side) for x in (keys, f_out, h_t))
-        else:
-            # The authors replace every token outside the response by token 0, so its embedding fills those places.
-            zero = teacher["embed.zero"]
-            elsewhere = teacher.side.input_ids.numel() - len(teacher)
-            key_std = torch.cat([keys, torch.cat([zero, zero], -1).expand(elsewhere, -1)]).std()
-            out_std = torch.cat([f_out, zero.expand(elsewhere, -1)]).std()
-            hidden_std = teacher["hidden.last@all"].std()
+    def streams(self, step: Step):
+        t2s, s2t = self.attended(step) if self.attention else self.projected(step)
+        return {
+            "t2s": Stream(t2s, head="student", beside="student"),
+            "s2t": Stream(s2t, head="teacher", beside="teacher"),
+        }
+
+    def projected(self, step: Step) -> tuple[Tensor, Tensor]:
+        return self.teacher_to_student(step.teacher["hidden.last"]), self.student_to_teacher(
+            step.student["hidden.last"]
+        )
+
+    def attended(self, step: Step) -> tuple[Tensor, Tensor]:
+        student, teacher = step.student, step.teacher
+        f_out, h_t = teacher["embed.target"], teacher["hidden.last"]
+        keys = torch.cat([teacher["embed.input"], f_out], -1)
+        key_std, out_std, hidden_std = self.std(teacher, keys, f_out, h_t)
         query = self.query(torch.cat([student["embed.input"], student["embed.target"]], -1).detach())
         from_teacher = self.teacher_to_student(h_t / hidden_std + f_out / out_std)
         from_student = self.student_to_teacher(student["hidden.last"])
-
         keys = keys / key_std
         t2s, _ = ops.attend(query, keys, from_teacher, student.side, teacher.side)
         s2t, _ = ops.attend(keys, query, from_student, teacher.side, student.side)
-        return {"t2s": Own(t2s), "s2t": Own(s2t)}
+        return t2s, s2t
 
-    def divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        options = {
-            "skew_forward_kl": {"skew": self.params.skew},
-            "skew_reverse_kl": {"skew": self.params.skew},
-            "adaptive_kl": {"head_mass": self.params.head_mass},
-        }
-        return ops.DIVERGENCES[self.params.divergence](log_p, log_q, **options.get(self.params.divergence, {}))
+    def std(self, teacher: View, keys: Tensor, f_out: Tensor, h_t: Tensor) -> list[Tensor]:
+        if self.params.std == "sequence":
+            return [ops.sequence_std(x, teacher.side) for x in (keys, f_out, h_t)]
+        # The authors replace every token outside the response by token 0, so its embedding fills those places.
+        zero = teacher["embed.zero"]
+        elsewhere = teacher.side.input_ids.numel() - len(teacher)
+        key_std = torch.cat([keys, torch.cat([zero, zero], -1).expand(elsewhere, -1)]).std()
+        return [key_std, torch.cat([f_out, zero.expand(elsewhere, -1)]).std(), teacher["hidden.last@all"].std()]
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
+    @visit
+    def student_space(self, student: Logits, t2s: Logits) -> Terms:
         tau = self.params.temperature
-        if visit == "teacher_space":
-            return Terms().add(
-                "s2t_kd", ops.forward_kl(chunk.logprobs("teacher", tau), chunk.logprobs("s2t", tau)).sum()
-            )
-        labels = chunk.labels("t2s")
-        right = ops.is_top(chunk.logits("t2s").detach(), labels)
+        right = ops.is_top(t2s.logits.detach(), t2s.labels)
         target_tau = tau * self.params.teacher_temperature if self.attention else tau
-        kd = self.divergence(chunk.logprobs("t2s", target_tau).detach(), chunk.logprobs("student", tau))
-        if self.attention:
-            kd = torch.where(right, kd, torch.zeros_like(kd))
-        return (
-            Terms()
-            .add("t2s_ce", ops.cross_entropy(chunk.logprobs("t2s"), labels).sum())
-            .add("t2s_kd", kd.sum())
-            .watch("t2s_accuracy", right.sum(), len(labels))
-        )
+        kd = self.params.measure(t2s.logprobs(target_tau).detach(), student.logprobs(tau))
+        kd = torch.where(right, kd, 0) if self.attention else kd
+        terms = Terms().add("t2s_ce", ops.cross_entropy(t2s.logprobs(), t2s.labels)).add("t2s_kd", kd)
+        return terms.watch("t2s_accuracy", right, len(t2s))
+
+    @visit
+    def teacher_space(self, teacher: Logits, s2t: Logits) -> Terms:
+        tau = self.params.temperature
+        return Terms().add("s2t_kd", ops.forward_kl(teacher.logprobs(tau), s2t.logprobs(tau)))
 
 
 @hookimpl
-def register_losses(register):  # type: ignore[no-untyped-def]
+def register_plugins(register: Register) -> None:
     register(DSKD)

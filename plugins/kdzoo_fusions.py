@@ -1,28 +1,28 @@
 """Expert fusions: what a mixture-of-experts teacher's block would say if all its experts were heard.
 
-The ablation of the residual-learning paper compares the four. Shapes: n rows, E experts, D width.
+The ablation of the residual-learning paper compares the four. Shapes: n tokens, E experts, D width.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from kdzoo import Experts, Fusion, hookimpl
+from kdzoo import Experts, Fusion, Register, hookimpl, ops
 
 
 def mix(weights: Tensor, outputs: Tensor) -> Tensor:
     """sum_m w_m e_m of weights [n, E] and outputs [n, E, D], in float32 at least."""
-    wide = torch.promote_types(outputs.dtype, torch.float32)
-    return torch.einsum("ne,ned->nd", weights.to(wide), outputs.to(wide)).to(outputs.dtype)
+    wide = ops.widened(outputs)
+    return torch.einsum("ne,ned->nd", weights.to(wide.dtype), wide).to(outputs.dtype)
 
 
 def attention(outputs: Tensor) -> Tensor:
     """alpha [n, E, E]: alpha_mj = softmax_j(e_m . e_j / sqrt(D))."""
-    wide = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+    wide = ops.widened(outputs)
     return (wide @ wide.transpose(1, 2) / math.sqrt(outputs.shape[-1])).softmax(-1)
 
 
@@ -58,8 +58,7 @@ class ExpertRouterAll(Fusion):
     name = "expert_router_all"
 
     def fuse(self, experts: Experts) -> Tensor:
-        wide = torch.promote_types(experts.logits.dtype, torch.float32)
-        return mix(experts.logits.to(wide).softmax(-1), experts.outputs)
+        return mix(ops.widened(experts.logits).softmax(-1), experts.outputs)
 
 
 class RouterWeighted(Fusion):
@@ -72,7 +71,7 @@ class RouterWeighted(Fusion):
 
 
 @hookimpl
-def register_fusions(register: Callable[[type[Fusion]], None]) -> None:
+def register_plugins(register: Register) -> None:
     register(ExpertAttention)
     register(ExpertMean)
     register(ExpertRouterAll)

@@ -3,7 +3,7 @@
 Two plugins. `projectors` is the first stage (the teacher alone), `residual` the loss of the second. The paper
 published no code; every point that it leaves open is a parameter.
 
-Shapes: N student rows, M teacher rows, S / D student / teacher width, A the low width.
+Shapes: N student tokens, M teacher tokens, S / D student / teacher width, A the low width.
 """
 
 from __future__ import annotations
@@ -17,23 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from kdzoo import (
-    Batch,
-    Chunk,
-    Loss,
-    Models,
-    Needs,
-    Own,
-    OwnStream,
-    Params,
-    RanksFirst,
-    Side,
-    Terms,
-    View,
-    Visit,
-    hookimpl,
-    ops,
-)
+from kdzoo import Logits, Loss, Needs, Params, Register, Side, Step, Stream, Terms, View, hookimpl, ops, visit
 
 PAPER = (
     "Knowledge Distillation for Large Language Models through Residual Learning, ICLR 2026, "
@@ -67,27 +51,12 @@ class Projectors(Loss):
         states (ours)."""
 
     @classmethod
-    def needs(cls, params: Projectors.Params, same_tokens: bool) -> Needs:
-        return Needs(
-            teacher=frozenset({"hidden.last"}),
-            streams=(
-                OwnStream("reconstructed", "teacher", head="teacher"),
-                OwnStream("pca", "teacher", head="teacher"),
-            ),
-            visits=(
-                Visit("next_token", ("reconstructed",) if params.target == "label" else ("teacher", "reconstructed")),
-                Visit("agreement", ("teacher", "reconstructed", "pca"), report_only=True),
-            ),
-            survey=True,
-            rows=params.rows,
-        )
+    def needs(cls, params, same_tokens):
+        facts = frozenset() if params.target == "label" else frozenset({"teacher.top1"})
+        return Needs(teacher=frozenset({"hidden.last"}), facts=facts, tokens=params.rows)
 
-    def __init__(
-        self, params: Projectors.Params, models: Models, artefacts: Mapping[str, Mapping[str, Tensor]]
-    ) -> None:
-        super().__init__(params, models, artefacts)
-        assert models.teacher is not None
-        d, low = models.teacher.width, params.width
+    def build(self, student, teacher, artifacts):
+        d, low = teacher.width, self.params.width
         self.teacher_to_low = nn.Linear(d, low, bias=False)
         self.low_to_teacher = nn.Linear(low, d, bias=False)
         # Principal components of the teacher's states: what the projectors must beat.
@@ -95,11 +64,11 @@ class Projectors(Loss):
         self.register_buffer("pca_directions", torch.zeros(min(low, d), d), persistent=False)
         self.register_buffer("mean_square", torch.ones(()), persistent=False)
 
-    def survey(self, batch: Batch, teacher: View) -> dict[str, Tensor]:
-        h = teacher["hidden.last"].double()
+    def statistics(self, step: Step):
+        h = step.teacher["hidden.last"].double()
         return {"count": h.new_tensor(float(len(h))), "sum": h.sum(0), "moment": h.T @ h}
 
-    def prepare(self, sums: Mapping[str, Tensor]) -> None:
+    def start_from_statistics(self, sums):
         mean, moment = sums["sum"] / sums["count"], sums["moment"] / sums["count"]
         self.pca_mean.copy_(mean)
         self.pca_directions.copy_(self.leading(moment - torch.outer(mean, mean)))
@@ -115,41 +84,40 @@ class Projectors(Loss):
         """The eigenvectors of the largest eigenvalues, largest first [min(A, D), D]."""
         return torch.linalg.eigh(moment).eigenvectors.T.flip(0)[: self.params.width]
 
-    def reconstruct(self, hidden: Tensor) -> Tensor:
-        return self.low_to_teacher(self.teacher_to_low(hidden))
-
-    def streams(self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor]) -> dict[str, Own]:
-        hidden = teacher["hidden.last"]
+    def streams(self, step: Step):
+        hidden = step.teacher["hidden.last"]
+        reconstructed = self.low_to_teacher(self.teacher_to_low(hidden))
         pca = self.pca_mean + (hidden - self.pca_mean) @ self.pca_directions.T @ self.pca_directions
-        return {"reconstructed": Own(self.reconstruct(hidden)), "pca": Own(pca)}
+        return {
+            "reconstructed": Stream(reconstructed, "teacher", beside="teacher"),
+            "pca": Stream(pca, "teacher", beside="teacher"),
+        }
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
-        if visit == "agreement":
-            top = chunk.logits("teacher").argmax(-1)
-            agree, pca = (ops.is_top(chunk.logits(name), top) for name in ("reconstructed", "pca"))
-            terms = Terms().watch("teacher_agreement", agree.sum(), len(top))
-            return terms.watch("teacher_agreement_of_pca", pca.sum(), len(top))
-        labels = chunk.labels("reconstructed")
-        target = labels if self.params.target == "label" else chunk.logits("teacher").argmax(-1)
-        nll = ops.cross_entropy(chunk.logprobs("reconstructed"), target)
-        return Terms().add("cross_entropy", nll.sum(), per="teacher_rows")
+    @visit
+    def next_token(self, reconstructed: Logits) -> Terms:
+        target = reconstructed.labels if self.params.target == "label" else reconstructed.fact("teacher.top1")
+        nll = ops.cross_entropy(reconstructed.logprobs(), target)
+        return Terms().add("cross_entropy", nll, per="teacher_tokens")
 
-    def combine(
-        self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor], rows: Mapping[str, Tensor]
-    ) -> Terms:
-        hidden = teacher["hidden.last"]
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        error = (self.reconstruct(hidden) - hidden).to(wide).square().sum()
-        terms = Terms().watch("relative_error", error, hidden.to(wide).square().sum())
+    @visit(measured_only=True)
+    def agreement(self, teacher: Logits, reconstructed: Logits, pca: Logits) -> Terms:
+        top = teacher.logits.argmax(-1)
+        terms = Terms().watch("teacher_agreement", ops.is_top(reconstructed.logits, top), len(top))
+        return terms.watch("teacher_agreement_of_pca", ops.is_top(pca.logits, top), len(top))
+
+    def finish(self, step: Step) -> Terms:
+        hidden, reconstructed = step.teacher["hidden.last"], step.streams["reconstructed"].hidden
+        error = ops.widened(reconstructed - hidden).square().sum()
+        terms = Terms().watch("relative_error", error, ops.widened(hidden).square().sum())
         if self.params.reconstruction_weight:
-            # Over the mean square of the survey: this batch's own would make the loss depend on how it is split.
-            relative = error / self.mean_square.to(wide).clamp_min(torch.finfo(wide).tiny)
-            terms.add("reconstruction", self.params.reconstruction_weight * relative, per="teacher_rows")
+            # Over the mean square of the training rows: this batch's own would depend on how it is split.
+            relative = error / ops.widened(self.mean_square).clamp_min(torch.finfo(error.dtype).tiny)
+            terms.add("reconstruction", self.params.reconstruction_weight * relative, per="teacher_tokens")
         return terms
 
 
 class Residual(Loss):
-    """Stage 2: on rows that the teacher gets wrong, cross-entropy of h - beta u, u the teacher's state brought to S."""
+    """Stage 2: where the teacher is wrong, cross-entropy of h - beta u, u the teacher's state brought to S."""
 
     name = "residual"
     paper = PAPER
@@ -157,7 +125,7 @@ class Residual(Loss):
     deviations = (
         "There is no code to differ from: the authors published none. The formula was checked against an "
         "independent computation in float64, and every point that the paper leaves open is a parameter.",
-        "A row whose |u| is less than a millionth of its sequence's mean has no direction: it gets no residual "
+        "A token whose |u| is less than a millionth of its sequence's mean has no direction: it gets no residual "
         "and has no part in beta.",
     )
 
@@ -165,16 +133,16 @@ class Residual(Loss):
         width: int | None = Field(None, ge=1)
         """A, the low width, for which the projectors are then trained. Default: that of the `projectors` stage."""
         beta: Literal["sequence", "row", "batch", "none"] | float = "sequence"
-        """The scale sqrt(S/A) mean(|h| / |u|): one per sequence, per row, per batch; "none" is 1; or a number."""
+        """The scale sqrt(S/A) mean(|h| / |u|): one per sequence, token ("row") or batch; "none" is 1; or a number."""
         beta_gradient: bool = False
         """Whether beta is differentiated. It is a scale: no."""
         head_gradient: bool = True
-        """Whether the student's head learns from L_res at all, on right rows and on wrong ones."""
+        """Whether the student's head learns from L_res at all, where the teacher is right and where it is wrong."""
         state_gradient: bool = True
-        """Whether the student's body learns from rows with a residual."""
+        """Whether the student's body learns from tokens with a residual."""
         indicator: Literal["hard", "soft", "all", "random"] = "hard"
-        """How much of the residual a row gets. "hard": all of it where the teacher is wrong. "soft": one minus the
-        teacher's probability of the gold token. "all": every row all of it (no mask). "random": as many rows as "hard"
+        """How much of the residual a token gets. "hard": all of it where the teacher is wrong. "soft": one minus the
+        teacher's probability of the gold token. "all": every token all of it (no mask). "random": as many as "hard"
         in every sequence, but others, drawn once and for all from what the sequence says (a control)."""
         temperature: float = Field(1.0, gt=0)
         """Divides the teacher's logits for the probability of the soft indicator."""
@@ -190,10 +158,10 @@ class Residual(Loss):
         normalise: Literal["std", "l2", "none"] = "std"
         """How queries and keys are normalised over their A features (two tokenizers)."""
         attend: Literal["response", "sequence"] = "response"
-        """The teacher's rows that may be attended to: the response's, or the prompt's as well (two tokenizers)."""
+        """The teacher's tokens that may be attended to: the response's, or the prompt's as well (two tokenizers)."""
         wrong: Literal["by_bytes", "attention", "projected", "entropy"] = "by_bytes"
-        """How a student row knows that the teacher was wrong (two tokenizers). "by_bytes": some teacher token of the
-        span that covers the same text was wrong. "attention": more than half of its attention lies on wrong rows.
+        """How a student token knows that the teacher was wrong (two tokenizers). "by_bytes": some teacher token of the
+        span that covers the same text was wrong. "attention": more than half of its attention lies on wrong tokens.
         "projected": the student's head does not put the gold token first, given u. "entropy": the attended entropy of
         the teacher's predictions is over half of log W. The soft indicator is then the span's, the attended one, or the
         attended entropy over log W; "projected" has no soft form and stays hard."""
@@ -210,66 +178,65 @@ class Residual(Loss):
 
         @property
         def on_wrong_rows_alone(self) -> bool:
-            """Whether all other rows are the student's own, whose cross-entropy the pass has anyway."""
+            """Whether all other states are the student's own, whose cross-entropy the pass has anyway."""
             return self.indicator == "hard" and self.head_gradient
 
     @classmethod
-    def needs(cls, params: Residual.Params, same_tokens: bool) -> Needs:
-        facts = [params.verdict]
+    def needs(cls, params, same_tokens):
+        facts = {params.verdict}
         if params.indicator == "soft" and (same_tokens or params.wrong != "projected"):
-            facts.append(params.gold_logprob)
+            facts.add(params.gold_logprob)
         if params.wrong == "entropy" and not same_tokens:
-            facts.append("teacher.entropy")
-        names = ["wrong"] if params.on_wrong_rows_alone else ["wrong", "right"]
+            facts.add("teacher.entropy")
         everywhere = {"hidden.last@all"} if params.attend == "sequence" and not same_tokens else set()
         return Needs(
             student=frozenset({"hidden.last"}),
             teacher=frozenset({"hidden.last"} | everywhere),
-            facts=tuple(facts),
-            streams=tuple(OwnStream(n, "own", head="student", learns_head=params.head_gradient) for n in names),
-            visits=(
-                Visit("own", ("student",), facts=(params.verdict,)),
-                *(Visit(f"residual_{name}", (name,)) for name in names),
-            ),
+            facts=frozenset(facts),
             aligned=not same_tokens and params.wrong == "by_bytes",
-            artefacts={"projectors": {} if params.width is None else {"width": params.width}},
+            artifacts={"projectors": {} if params.width is None else {"width": params.width}},
             batch_coupled=params.beta == "batch",
         )
 
-    def __init__(self, params: Residual.Params, models: Models, artefacts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        super().__init__(params, models, artefacts)
-        assert models.student is not None and models.teacher is not None
-        s, projector = models.student.width, artefacts["projectors"]["teacher_to_low.weight"]
+    def build(self, student, teacher, artifacts):
+        projector = artifacts["projectors"]["teacher_to_low.weight"]
         self.width, d = projector.shape  # A
+        self.scale = math.sqrt(student.width / self.width)
+        self.most_doubt = math.log(teacher.vocab_size)
         self.teacher_to_low = nn.Linear(d, self.width, bias=False)  # P_TA, from stage 1
-        if params.pretrained:
+        if self.params.pretrained:
             self.teacher_to_low.load_state_dict({"weight": projector})
-        self.teacher_to_low.requires_grad_(params.projector == "trained")
-        self.low_to_student = nn.Linear(self.width, s, bias=False)  # P_AS
-        self.low_to_student.requires_grad_(params.direction == "learned")
-        if not models.same_tokens:
-            self.student_to_low = nn.Linear(s, self.width, bias=False)  # P_SA
+        self.teacher_to_low.requires_grad_(self.params.projector == "trained")
+        self.low_to_student = nn.Linear(self.width, student.width, bias=False)  # P_AS
+        self.low_to_student.requires_grad_(self.params.direction == "learned")
+        if not self.pair.same_tokens:
+            self.student_to_low = nn.Linear(student.width, self.width, bias=False)  # P_SA
 
-    # The teacher's states on student rows.
+    # The teacher's states on student tokens.
 
-    def attended(self, student: View, teacher: View, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """What each student row gathers from the teacher's rows of its sequence, and the entropy of its attention [N].
+    def state(self, step: Step) -> Tensor:
+        """h [N, S]"""
+        h = step.student["hidden.last"]
+        return h if self.params.state_gradient else h.detach()
+
+    def attended(self, step: Step, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What each student token gathers from the teacher's of its sequence, and the entropy of its attention [N].
 
         Of the low states: [N, A]; or of `values` [M, c], which are 0 on a prompt.
         """
-        side, hidden = teacher.side, teacher["hidden.last"]
+        side, hidden = step.teacher.side, step.teacher["hidden.last"]
         if self.params.attend == "sequence":
-            side = teacher.side.every_token()
-            hidden = teacher["hidden.last@all"][side.rows]
+            side = side.every_token()
+            hidden = step.teacher["hidden.last@all"][side.positions]
             if values is not None:
-                everywhere = values.new_zeros(teacher.side.input_ids.numel(), values.shape[-1])
-                values = everywhere.index_copy(0, teacher.side.rows, values)[side.rows]
-        h, z = student["hidden.last"], self.teacher_to_low(hidden)
-        query = self.normalised(self.student_to_low(h if self.params.state_gradient else h.detach()))
-        return ops.attend(query, self.normalised(z), z if values is None else values, student.side, side)
+                everywhere = values.new_zeros(side.input_ids.numel(), values.shape[-1])
+                values = everywhere.index_copy(0, step.teacher.side.positions, values)[side.positions]
+        z = self.teacher_to_low(hidden)
+        query = self.normalised(self.student_to_low(self.state(step)))
+        return ops.attend(query, self.normalised(z), z if values is None else values, step.student.side, side)
 
     def normalised(self, x: Tensor) -> Tensor:
-        """Over the A features of each row."""
+        """Over the A features of each token."""
         if self.params.normalise == "none":
             return x
         if self.params.normalise == "l2":
@@ -277,121 +244,111 @@ class Residual(Loss):
         spread = (x - x.mean(-1, keepdim=True)).square().sum(-1, keepdim=True) / max(self.width - 1, 1)
         return x * torch.where(spread > 0, spread, torch.ones_like(spread)).rsqrt()
 
-    def carry_facts(
-        self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor], ranks_first: RanksFirst
-    ) -> Mapping[str, Tensor]:
+    def carry_facts(self, step: Step) -> Mapping[str, Tensor]:
         if self.params.wrong == "by_bytes":
-            return super().carry_facts(batch, student, teacher, facts, ranks_first)
+            return super().carry_facts(step)
         with torch.no_grad():
-            if self.params.wrong == "projected":
-                z, _ = self.attended(student, teacher)
-                doubt = soft = (~ranks_first(self.low_to_student(z), student.labels)).float()
-            else:
-                if self.params.wrong == "entropy":
-                    assert self.models.teacher is not None
-                    hard = graded = facts["teacher.entropy"] / math.log(self.models.teacher.vocabulary)
-                else:
-                    hard = (~facts[self.params.verdict]).float()
-                    graded = -facts[self.params.gold_logprob].expm1() if self.params.indicator == "soft" else hard
-                doubt, soft = self.attended(student, teacher, torch.stack([hard, graded], -1))[0].unbind(-1)
+            doubt, soft = self.projected_doubt(step) if self.params.wrong == "projected" else self.attended_doubt(step)
             carried = {self.params.verdict: doubt <= 0.5}
             if self.params.indicator == "soft":
                 carried[self.params.gold_logprob] = (-soft.clamp(0, 1)).log1p()
         return carried
 
+    def projected_doubt(self, step: Step) -> tuple[Tensor, Tensor]:
+        z, _ = self.attended(step)
+        doubt = (~step.student_ranks_first(self.low_to_student(z), step.student.labels)).float()
+        return doubt, doubt
+
+    def attended_doubt(self, step: Step) -> tuple[Tensor, Tensor]:
+        facts = step.facts
+        if self.params.wrong == "entropy":
+            hard = soft = facts["teacher.entropy"] / self.most_doubt
+        else:
+            hard = (~facts[self.params.verdict]).float()
+            soft = -facts[self.params.gold_logprob].expm1() if self.params.indicator == "soft" else hard
+        doubt, graded = self.attended(step, torch.stack([hard, soft], -1))[0].unbind(-1)
+        return doubt, graded
+
     # The residual state.
 
-    def indicator(self, student: View, facts: Mapping[str, Tensor]) -> Tensor:
-        """How much of the residual each row gets [N]."""
-        wrong = (~facts[self.params.verdict]).to(student["hidden.last"].dtype)
+    def indicator(self, step: Step) -> Tensor:
+        """How much of the residual each token gets [N]."""
+        wrong = (~step.facts[self.params.verdict]).to(step.student["hidden.last"].dtype)
         match self.params.indicator:
             case "soft":
-                return -facts[self.params.gold_logprob].expm1().to(wrong.dtype)
+                return -step.facts[self.params.gold_logprob].expm1().to(wrong.dtype)
             case "all":
                 return torch.ones_like(wrong)
             case "random":
-                return torch.empty_like(wrong).index_copy_(0, shuffled_rows(student.side), wrong)
+                return torch.empty_like(wrong).index_copy_(0, shuffled(step.student.side), wrong)
         return wrong
 
-    def beta(self, h_norm: Tensor, u_norm: Tensor, usable: Tensor, student: View) -> Tensor:
-        """[N]"""
+    def beta(self, h: Tensor, u: Tensor, usable: Tensor, student: View) -> Tensor:
+        """sqrt(S/A) mean(|h| / |u|) [N], from the norms [N] of h and u."""
         if isinstance(self.params.beta, float | int):
-            return torch.full_like(h_norm, float(self.params.beta))
+            return torch.full_like(h, float(self.params.beta))
         if self.params.beta == "none":
-            return torch.ones_like(h_norm)
-        ratio = torch.where(usable, h_norm / torch.where(usable, u_norm, torch.ones_like(u_norm)), 0)
+            return torch.ones_like(h)
+        ratio = torch.where(usable, h / torch.where(usable, u, torch.ones_like(u)), 0)
         if self.params.beta == "sequence":
-            mean = ops.sequence_mean(ratio, student.side, usable)
+            ratio = ops.sequence_mean(ratio, student.side, usable)
         elif self.params.beta == "batch":
-            mean = (ratio.sum() / usable.sum().clamp_min(1)).expand_as(ratio)
-        else:
-            mean = ratio
-        assert self.models.student is not None
-        return math.sqrt(self.models.student.width / self.width) * mean
+            ratio = (ratio.sum() / usable.sum().clamp_min(1)).expand_as(ratio)
+        return self.scale * ratio
 
-    def parts(self, student: View, teacher: View) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """h [N, S], u [N, S], beta [N], which rows have a usable u [N], and attention's entropy [N] where it aligns."""
-        h, entropy = student["hidden.last"], None
-        h = h if self.params.state_gradient else h.detach()
-        if self.models.same_tokens:
-            z = self.teacher_to_low(teacher["hidden.last"])
+    def streams_after_facts(self, step: Step):
+        h, student, right = self.state(step), step.student, step.facts[self.params.verdict]
+        if self.pair.same_tokens:
+            z, entropy = self.teacher_to_low(step.teacher["hidden.last"]), None
         else:
-            z, entropy = self.attended(student, teacher)
+            z, entropy = self.attended(step)
         u = self.low_to_student(z)
+        h_norm, u_norm = h.norm(dim=-1), u.norm(dim=-1)
         if not self.params.beta_gradient:
-            h_norm, u_norm = h.detach().norm(dim=-1), u.detach().norm(dim=-1)
-        else:
-            h_norm, u_norm = h.norm(dim=-1), u.norm(dim=-1)
-        # A row whose u vanishes beside its sequence's has no direction: no residual, and no part in the mean.
+            h_norm, u_norm = h_norm.detach(), u_norm.detach()
+        # A token whose u vanishes beside its sequence's has no direction: no residual, and no part in the mean.
         usable = u_norm.detach() > 1e-6 * ops.sequence_mean(u_norm.detach(), student.side)
-        return h, u, self.beta(h_norm, u_norm, usable, student), usable, entropy
-
-    def streams(self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor]) -> dict[str, Own]:
-        h, u, beta, usable, _ = self.parts(student, teacher)
-        share = self.indicator(student, facts)
-        # Never 0 times something infinite; and a row without a residual is exactly the student's own.
+        beta, share = self.beta(h_norm, u_norm, usable, student), self.indicator(step)
+        # Never 0 times something infinite; and a token without a residual is exactly the student's own.
         shifts = (usable & (share > 0))[:, None]
         shift = torch.where(shifts, (beta * share)[:, None] * u, torch.zeros_like(u)).to(h.dtype)
         r = torch.where(shifts, h - shift, student["hidden.last"])
-        right = facts[self.params.verdict]
-        found = {"wrong": Own(r[~right], student.labels[~right])}
-        return found if self.params.on_wrong_rows_alone else found | {"right": Own(r[right], student.labels[right])}
+        self.watch(step, h.detach(), u.detach(), beta, share, usable, entropy)
+        kept = {"wrong": ~right} if self.params.on_wrong_rows_alone else {"wrong": ~right, "right": right}
+        return {
+            name: Stream(r[which], "student", labels=student.labels[which], learns_head=self.params.head_gradient)
+            for name, which in kept.items()
+        }
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
-        if visit != "own":
-            rows = visit.removeprefix("residual_")
-            nll = ops.cross_entropy(chunk.logprobs(rows), chunk.labels(rows))
-            return Terms().add(f"{rows}_rows", nll.sum()).watch(f"residual_cross_entropy_{rows}", nll.sum(), len(nll))
-        nll = ops.cross_entropy(chunk.logprobs("student"), chunk.labels("student"))
-        right = chunk.facts[self.params.verdict]
-        on_right = torch.where(right, nll, torch.zeros_like(nll)).sum()
-        on_wrong = torch.where(right, torch.zeros_like(nll), nll).sum()
-        terms = Terms().watch("student_cross_entropy_right", on_right, right.sum())
-        terms.watch("student_cross_entropy_wrong", on_wrong, (~right).sum())
-        # Rows that the teacher gets right have no residual: their state, and so their loss, is the student's own.
+    def watch(self, step, h, u, beta, share, usable, entropy) -> None:
+        n = len(h)
+        step.watch("wrong_share", ~step.facts[self.params.verdict], n)
+        step.watch("residual_share", share, n)
+        step.watch("beta", beta, n)
+        step.watch("state_norm", h.norm(dim=-1), n)
+        step.watch("residual_norm", beta.detach() * u.norm(dim=-1), n)
+        step.watch("state_residual_cosine", F.cosine_similarity(h, u, dim=-1), n)
+        step.watch("rows_without_direction", ~usable, n)
+        if entropy is not None:
+            step.watch("attention_entropy", entropy, n)
+
+    @visit
+    def own(self, student: Logits) -> Terms:
+        nll, right = ops.cross_entropy(student.logprobs(), student.labels), student.fact(self.params.verdict)
+        on_right, on_wrong = torch.where(right, nll, 0).sum(), torch.where(right, 0, nll).sum()
+        terms = Terms().watch("student_cross_entropy_right", on_right, right)
+        terms.watch("student_cross_entropy_wrong", on_wrong, ~right)
+        # Tokens that the teacher gets right have no residual: their state, and so their loss, is the student's own.
         return terms.add("right_rows", on_right) if self.params.on_wrong_rows_alone else terms
 
-    def combine(
-        self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor], rows: Mapping[str, Tensor]
-    ) -> Terms:
-        with torch.no_grad():
-            h, u, beta, usable, entropy = self.parts(student, teacher)
-            n = len(h)
-            terms = (
-                Terms()
-                .watch("wrong_share", (~facts[self.params.verdict]).sum(), n)
-                .watch("residual_share", self.indicator(student, facts).sum(), n)
-                .watch("beta", beta.sum(), n)
-                .watch("state_norm", h.norm(dim=-1).sum(), n)
-                .watch("residual_norm", (beta * u.norm(dim=-1)).sum(), n)
-                .watch("state_residual_cosine", F.cosine_similarity(h, u, dim=-1).sum(), n)
-                .watch("rows_without_direction", (~usable).sum(), n)
-            )
-        return terms if entropy is None else terms.watch("attention_entropy", entropy.sum(), n)
+    @visit(each=("wrong", "right"))
+    def residual(self, seen: Logits) -> Terms:
+        nll = ops.cross_entropy(seen.logprobs(), seen.labels).sum()
+        return Terms().add(f"{seen.stream}_rows", nll).watch(f"residual_cross_entropy_{seen.stream}", nll, len(seen))
 
 
-def shuffled_rows(side: Side) -> Tensor:
-    """Each row's new place [N]: a permutation within every sequence that follows from its tokens alone."""
+def shuffled(side: Side) -> Tensor:
+    """Each token's new place [N]: a permutation within every sequence that follows from its tokens alone."""
     # Integer hashing (xor, shift, multiply): the same on every machine, rank and split.
     key = side.labels * 0x9E3779B1 + side.inputs * 0x85EBCA77 + (ops.places_within(side) + 1) * 0xC2B2AE3D
     for multiplier in (0x2C1B3C6D, 0x297A2D39):
@@ -401,6 +358,6 @@ def shuffled_rows(side: Side) -> Tensor:
 
 
 @hookimpl
-def register_losses(register):  # type: ignore[no-untyped-def]
+def register_plugins(register: Register) -> None:
     register(Projectors)
     register(Residual)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import kdzoo
-from kdzoo import Tracker
+from kdzoo import Register, Tracker
 
 
 class TensorBoard(Tracker):
@@ -30,5 +30,5 @@ class TensorBoard(Tracker):
 
 
 @kdzoo.hookimpl
-def register_trackers(register: Callable[[type[Tracker]], None]) -> None:
+def register_plugins(register: Register) -> None:
     register(TensorBoard)

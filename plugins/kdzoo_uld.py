@@ -1,44 +1,35 @@
 """Universal logit distillation: sorted probabilities side by side, for any two tokenizers.
 
 The k-th token of the student's answer stands beside the k-th of the teacher's; or tokens that cover the same text stand
-beside each other, merged into one distribution. Published code reads it in three ways, and each is a setting:
+beside each other, merged into one distribution. Published code reads it in several ways (`preset`).
 
-| code | its settings |
-| --- | --- |
-| Nicolas-BZRD/llm-recipes @ ab6e798 | `skip_teacher_eos` false; slot weight 1.5 beside a cross-entropy of 1 |
-| songmzhang/DSKD @ 077337a | `mean` "rows", no end skipped (it has no temperature); 0.5 beside 0.5 |
-| huggingface/trl @ f2cd577, GOLD "bayesian" | `align` "text"; 1 and no cross-entropy |
-| the same, "observed" (its default) | `align` "text", `window` "late", `base` "first" |
-
-Shapes: N student rows, M teacher rows, G groups of rows, V / W student / teacher vocabulary, K entries of both.
+Shapes: N student tokens, M teacher tokens, G groups of tokens, V / W student / teacher vocabulary, K entries of both.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from kdzoo import (
-    Batch,
-    Chunk,
-    KdzooError,
+    Logits,
     Loss,
-    Models,
     Needs,
-    Own,
-    OwnStream,
     Params,
-    Side,
+    Reduction,
+    Register,
+    Step,
+    Stream,
     Terms,
     View,
-    Visit,
     hookimpl,
     ops,
+    visit,
 )
 
 FLOOR = math.log(1e-8)
@@ -72,6 +63,16 @@ class ULD(Loss):
     )
 
     class Params(Params):
+        presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+            "llm-recipes@ab6e798": {"skip_teacher_eos": False},
+            "dskd@077337a": {"mean": "rows", "skip_student_eos": False, "skip_teacher_eos": False},
+            "trl@f2cd577": {"align": "text", "window": "late", "base": "first"},
+            "trl@f2cd577, bayesian": {"align": "text"},
+        }
+        preset: Literal["llm-recipes@ab6e798", "dskd@077337a", "trl@f2cd577", "trl@f2cd577, bayesian"] | None = None
+        """Whose code: what is not given beside it is as there. Nicolas-BZRD/llm-recipes is the paper's (weights: 1.5,
+        and 1 for the cross-entropy); of songmzhang/DSKD 0.5 beside 0.5, and it has no temperature; of GOLD in
+        huggingface/trl 1 and no cross-entropy, merged as "observed" by default or as "bayesian"."""
         student_temperature: float = Field(1.0, gt=0)
         """Divides the student's logits."""
         teacher_temperature: float = Field(1.0, gt=0)
@@ -83,7 +84,7 @@ class ULD(Loss):
         no end-of-sequence token; here both have one."""
         mean: Literal["sequences", "rows"] = "sequences"
         """"sequences": of each the mean over its tokens (or groups), then over sequences, as in the paper's code.
-        "rows": the sum over all tokens, divided by the student's rows like a cross-entropy, as in DSKD's."""
+        "rows": the sum over all tokens, divided by the student's tokens like a cross-entropy, as in DSKD's."""
         align: Literal["position", "text"] = "position"
         """"position": the k-th tokens of both answers, as far as both go. "text": the aligner's groups of tokens that
         cover the same text, each merged into one distribution. (TRL merges what is left behind the last common end,
@@ -93,7 +94,7 @@ class ULD(Loss):
         last's, by the chain rule, or the first's, as TRL's "observed"."""
         window: Literal["answer", "late"] = "answer"
         """"answer": a token's distribution is the one that predicts it. "late": the one at its own position, which
-        predicts the next token, as TRL's "observed"; it reads beyond the rows where an end is not skipped."""
+        predicts the next token, as TRL's "observed"; it reads beyond the response where an end is not skipped."""
         hybrid: bool = False
         """Compare entries that both vocabularies have directly, by a Jensen-Shannon divergence, and only the others by
         rank. Entries are the same by their text. (TRL goes by their spelling, and so finds fewer.)"""
@@ -106,144 +107,95 @@ class ULD(Loss):
         """Weight of the others; by default what the weight above leaves of 1."""
 
     @classmethod
-    def needs(cls, params: ULD.Params, same_tokens: bool) -> Needs:
+    def needs(cls, params, same_tokens):
         states = frozenset({"hidden.last" if params.window == "answer" else "hidden.last@all"})
-        return Needs(
-            student=states,
-            teacher=states,
-            streams=(
-                OwnStream("student_answer", "own", head="student", learns_head=True),
-                OwnStream("teacher_answer", "own", head="teacher"),
-            ),
-            visits=(Visit("answers", ("student_answer", "teacher_answer")),),
-            aligned=params.align == "text" and not same_tokens,
-        )
+        return Needs(student=states, teacher=states, aligned=params.align == "text" and not same_tokens)
 
-    def __init__(self, params: ULD.Params, models: Models, artefacts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        super().__init__(params, models, artefacts)
-        self.merges = params.align == "text" and not models.same_tokens
-        if params.hybrid:
-            assert models.student is not None and models.teacher is not None and models.student_ids is not None
-            v, w = models.student.vocabulary, models.teacher.vocabulary
-            for name, entries in shared_entries(models.student_ids, v, w).items():
-                self.register_buffer(name, entries, persistent=False)
-            share = len(self.teacher_shared) / w if params.matched_weight is None else params.matched_weight
-            rest = max(0.0, 1 - share) if params.unmatched_weight is None else params.unmatched_weight
-            self.weights = share, rest
+    def build(self, student, teacher, artifacts):
+        self.merges = self.params.align == "text" and not self.pair.same_tokens
+        if self.params.hybrid:
+            entries = ops.shared_entries(self.pair.student_ids, student.vocab_size, teacher.vocab_size)
+            for name, ids in entries.items():
+                self.register_buffer(name, ids, persistent=False)
+            matched, unmatched = self.params.matched_weight, self.params.unmatched_weight
+            share = len(self.teacher_shared) / teacher.vocab_size if matched is None else matched
+            self.weights = share, max(0.0, 1 - share) if unmatched is None else unmatched
 
-    def streams(self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor]) -> dict[str, Own]:
+    def streams(self, step: Step):
+        student, teacher = step.student, step.teacher
         skips = self.params.skip_student_eos, self.params.skip_teacher_eos
-        groups = (by_text if self.merges else by_position)(student.side, teacher.side, skips)
-        (mine, in_mine), (theirs, in_theirs) = ((group[group >= 0], group >= 0) for group in groups)
+        group = ops.groups_by_text if self.merges else ops.groups_by_position
+        (mine, in_mine), (theirs, in_theirs) = (
+            (of[of >= 0], of >= 0) for of in group(student.side, teacher.side, skips)
+        )
         h, sample = self.states(student)[in_mine], student.sample[in_mine]
-        weight = torch.ones_like(mine, dtype=torch.promote_types(h.dtype, torch.float32))
+        weight = torch.ones_like(mine, dtype=ops.at_least_float32(h.dtype))
         if self.params.mean == "sequences":
             begins = torch.ones_like(weight)
             begins[1:] = (mine[1:] != mine[:-1]).to(weight.dtype)
             weight = 1 / weight.new_zeros(student.side.sequences).index_add(0, sample, begins)[sample]
-        return {
-            "student_answer": Own(h, student.labels[in_mine], mine, {"weight": weight}),
-            "teacher_answer": Own(self.states(teacher)[in_theirs], teacher.labels[in_theirs], theirs),
-        }
+        ours = Stream(h, "student", None, student.labels[in_mine], True, mine, {"weight": weight})
+        of_teacher = Stream(self.states(teacher)[in_theirs], "teacher", None, teacher.labels[in_theirs], group=theirs)
+        return {"student_answer": ours, "teacher_answer": of_teacher}
 
     def states(self, view: View) -> Tensor:
-        """The state whose prediction stands for each row's token [rows, width]."""
-        return view["hidden.last"] if self.params.window == "answer" else view["hidden.last@all"][view.side.rows + 1]
+        """The state whose prediction stands for each token [n, width]."""
+        if self.params.window == "answer":
+            return view["hidden.last"]
+        return view["hidden.last@all"][view.side.positions + 1]
 
-    def base(self, chunk: Chunk, stream: str) -> Tensor | slice:
-        """The row of each group whose distribution stands for it [G]."""
+    def base(self, answer: Logits) -> Tensor | slice:
+        """The token of each group whose distribution stands for it [G]."""
         if not self.merges:
             return slice(None)
-        group = chunk.group(stream)
-        number = torch.arange(chunk.groups, device=group.device)
+        number = torch.arange(answer.groups, device=answer.group.device)
         last = self.params.base == "last"
-        return torch.searchsorted(group, number, right=last) - int(last)
+        return torch.searchsorted(answer.group, number, right=last) - int(last)
 
-    def logprobs(self, chunk: Chunk, stream: str, temperature: float) -> Tensor:
+    def logprobs(self, answer: Logits, temperature: float) -> Tensor:
         """[G, vocabulary]; those of several tokens are not normalised."""
-        logprobs = chunk.logprobs(stream, temperature)
+        logprobs = answer.logprobs(temperature)
         if not self.merges:
             return logprobs
-        base = self.base(chunk, stream)
-        gold = -ops.cross_entropy(logprobs, chunk.labels(stream))
+        base = self.base(answer)
+        gold = -ops.cross_entropy(logprobs, answer.labels)
         others = gold.clamp_min(FLOOR).index_fill(0, base, 0.0)
-        return logprobs[base] + others.new_zeros(chunk.groups).index_add(0, chunk.group(stream), others)[:, None]
+        return logprobs[base] + others.new_zeros(answer.groups).index_add(0, answer.group, others)[:, None]
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
-        log_p = self.logprobs(chunk, "teacher_answer", self.params.teacher_temperature)
-        log_q = self.logprobs(chunk, "student_answer", self.params.student_temperature)
-        weight = chunk.values("student_answer")["weight"][self.base(chunk, "student_answer")]
+    @visit
+    def answers(self, student_answer: Logits, teacher_answer: Logits) -> Terms:
+        log_p = self.logprobs(teacher_answer, self.params.teacher_temperature)
+        log_q = self.logprobs(student_answer, self.params.student_temperature)
+        weight, per = student_answer.values["weight"][self.base(student_answer)], REDUCTIONS[self.params.mean]
         if not self.params.hybrid:
-            distance = by_rank(log_p.exp(), log_q.exp())
-            return Terms().add("uld", (weight * distance).sum(), self.params.mean)
+            return Terms().add("uld", weight * by_rank(log_p.exp(), log_q.exp()), per)
         matched = jensen_shannon(log_p[:, self.teacher_shared], log_q[:, self.student_shared], self.params.beta)
         unmatched = by_rank(log_p[:, self.teacher_rest].exp(), log_q[:, self.student_rest].exp())
         if not (len(self.teacher_rest) and len(self.student_rest)):
             unmatched = torch.zeros_like(unmatched)  # nothing that it could be moved to, and TRL counts none
-        terms = Terms().add("matched", self.weights[0] * (weight * matched).sum(), self.params.mean)
-        return terms.add("unmatched", self.weights[1] * (weight * unmatched).sum(), self.params.mean)
+        terms = Terms().add("matched", self.weights[0] * (weight * matched).sum(), per)
+        return terms.add("unmatched", self.weights[1] * (weight * unmatched).sum(), per)
 
 
-Skips = tuple[bool, bool]
-"""Whether the last row of every sequence is left out, of the student's and of the teacher's."""
-
-
-def by_position(student: Side, teacher: Side, skips: Skips) -> tuple[Tensor, Tensor]:
-    """The group of each row [N] and [M], -1 for none: place k of a sequence, as far as both sides go."""
-    sides = (student, teacher)
-    lengths = [s.sample.bincount(minlength=s.sequences) - int(skip) for s, skip in zip(sides, skips, strict=True)]
-    n = torch.minimum(*lengths).clamp_min(0)  # [B]
-    before = n.cumsum(0) - n
-    places = [ops.places_within(side) for side in sides]
-    mine, theirs = (
-        torch.where(place < n[side.sample], before[side.sample] + place, -1)
-        for side, place in zip(sides, places, strict=True)
-    )
-    return mine, theirs
-
-
-def by_text(student: Side, teacher: Side, skips: Skips) -> tuple[Tensor, Tensor]:
-    """The group of each row [N] and [M], -1 for none: aligned spans with rows on both sides, none of them left out."""
-    none = student.span.new_full((1,), -1)
-    spans = 1 + int(torch.cat([student.span, teacher.span, none]).max())
-    whole = torch.ones(spans + 1, dtype=torch.bool, device=none.device)
-    for side, skip in zip((student, teacher), skips, strict=True):
-        whole &= torch.zeros_like(whole).index_fill(0, side.span, True)
-        if skip:
-            whole[side.span[~ops.is_followed(side)]] = False
-    whole[-1] = False  # the place of rows without a span
-    group = torch.where(whole, whole.cumsum(0) - 1, -1)
-    return group[student.span], group[teacher.span]
+REDUCTIONS: dict[str, Reduction] = {"sequences": "sequences", "rows": "tokens"}
+"""By the parameter `mean`."""
 
 
 def by_rank(p: Tensor, q: Tensor) -> Tensor:
-    """sum_r |p(r) - q(r)| per row [n], of [n, W] and [n, V] from the likeliest on, 0 behind the end of either."""
+    """sum_r |p(r) - q(r)| per token [n], of [n, W] and [n, V] from the likeliest on, 0 behind the end of either."""
     p, q = (x.sort(-1, descending=True).values for x in (p, q))
     both = min(p.shape[-1], q.shape[-1])
     return (p[:, :both] - q[:, :both]).abs().sum(-1) + p[:, both:].sum(-1) + q[:, both:].sum(-1)
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """Generalised, per row [n]; of beta 0 and 1 not the limits, which are 0, but the two KL."""
+    """Generalised, per token [n]; of beta 0 and 1 not the limits, which are 0, but the two KL."""
     log_p, log_q = log_p.clamp_min(FLOOR), log_q.clamp_min(FLOOR)
     if beta in (0, 1):
         return ops.reverse_kl(log_p, log_q) if beta else ops.forward_kl(log_p, log_q)
     return ops.js(log_p, log_q, beta)
 
 
-def shared_entries(student_ids: Tensor, v: int, w: int) -> dict[str, Tensor]:
-    """The entries of both vocabularies, in the order of the teacher's [K], and what either has beside them."""
-    theirs = (student_ids >= 0).nonzero().squeeze(-1)
-    mine = student_ids[theirs]
-    if not len(mine):
-        raise KdzooError("uld: 'hybrid' compares entries of both vocabularies, and these have none; leave it out")
-    rest = {
-        f"{model}_rest": torch.ones(size, dtype=torch.bool).index_fill(0, entries, False).nonzero().squeeze(-1)
-        for model, size, entries in (("student", v, mine), ("teacher", w, theirs))
-    }
-    return {"student_shared": mine, "teacher_shared": theirs, **rest}
-
-
 @hookimpl
-def register_losses(register):  # type: ignore[no-untyped-def]
+def register_plugins(register: Register) -> None:
     register(ULD)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import kdzoo
-from kdzoo import Tracker
+from kdzoo import Register, Tracker
 
 
 class Wandb(Tracker):
@@ -33,5 +33,5 @@ class Wandb(Tracker):
 
 
 @kdzoo.hookimpl
-def register_trackers(register: Callable[[type[Tracker]], None]) -> None:
+def register_plugins(register: Register) -> None:
     register(Wandb)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kdzoo import Logits, ModelInfo, ModelPair
 from kdzoo.testing import Recorded, Replay
 
 S, D = 5, 6  # widths of student and teacher
@@ -113,6 +114,17 @@ def assert_same(found: Replay, loss: Tensor, leaves: Mapping[str, Tensor], at: f
         ours = found.gradients.get(name, torch.zeros_like(leaf))
         theirs = torch.zeros_like(leaf) if gradient is None else gradient
         torch.testing.assert_close(ours, theirs, rtol=at, atol=at, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def make_pair(v: int, w: int, student_ids: Tensor | None = None, same_tokens: bool = True) -> ModelPair:
+    """For a loss that is called by itself: a student with v entries and a teacher with w."""
+    student, teacher = ModelInfo(S, v, 1, "recorded"), ModelInfo(D, w, 1, "recorded")
+    return ModelPair(student, teacher, same_tokens, student_ids)
+
+
+def seen(**logits: Tensor) -> dict[str, Logits]:
+    """What a visit sees of streams with these logits [n, V], whatever their labels."""
+    return {name: Logits(name, x, torch.zeros(len(x), dtype=torch.long)) for name, x in logits.items()}
 
 
 def make_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recordings import Recording, assert_same, make_models
+from recordings import Recording, assert_same, make_models, make_pair, seen
 from torch import Tensor
 
-from kdzoo import Chunk, ops
+from kdzoo import ops
 from kdzoo.testing import Recorded, Replay, replay
 from kdzoo_abkd import ABKD
 
@@ -160,7 +160,7 @@ def test_its_derivative_by_the_teacher_is_that_of_the_formula(alpha, beta):
     torch.manual_seed(0)
     y, z = torch.randn(2, 6, 9).double()
     y.requires_grad_()
-    made = ABKD(ABKD.Params(alpha=alpha, beta=beta), None, {})
+    made = ABKD(ABKD.Params(alpha=alpha, beta=beta), make_pair(6, 6), {})
     log_p, log_q = y.log_softmax(-1), z.log_softmax(-1)
     (found,) = torch.autograd.grad(ops.closed_form(made.divergence, log_p, log_q).sum(), y, retain_graph=True)
     (expected,) = torch.autograd.grad(limit(log_p.exp(), log_q.exp(), alpha, beta).sum(), y)
@@ -199,9 +199,8 @@ def test_excluded_tokens_leave_loss_and_gradient_finite(alpha, beta, teacher, st
     y, z = torch.randn(5, 6), torch.randn(5, 6)
     y[:, list(teacher)], z[:, list(student)] = -torch.inf, -torch.inf
     z.requires_grad_()
-    made = ABKD(ABKD.Params(alpha=alpha, beta=beta), None, {})
-    streams = {"teacher": y, "student": z}
-    value, _ = made.over_vocab("tokens", Chunk(streams, {}, {}, {}, {name: name for name in streams})).sums["abkd"]
+    made = ABKD(ABKD.Params(alpha=alpha, beta=beta), make_pair(6, 6), {})
+    value, _ = made.tokens(**seen(teacher=y, student=z)).sums["abkd"]
     (gradient,) = torch.autograd.grad(value, z)
     assert value.isfinite() and value > 0
     assert gradient.isfinite().all()
@@ -212,7 +211,7 @@ def test_excluded_tokens_are_probabilities_of_zero(alpha, beta):
     torch.manual_seed(0)
     y, z = torch.randn(5, 6).double(), torch.randn(5, 6).double()
     y[:, 0], z[:, 1] = -torch.inf, -torch.inf
-    made = ABKD(ABKD.Params(alpha=alpha, beta=beta), None, {})
+    made = ABKD(ABKD.Params(alpha=alpha, beta=beta), make_pair(6, 6), {})
     value, *_ = made.divergence(y.log_softmax(-1), z.log_softmax(-1))
     # The student's excluded token has 0 to a small power, which is not yet 0 to the power 0.
     at = 1e-10 if beta >= 0.1 else 0.02
@@ -243,8 +242,8 @@ def test_a_row_does_not_depend_on_its_neighbours():
     y, z = torch.randn(2, 9, 8).double()
     together = of_logits(y, z)
     parts = [of_logits(y[a:b], z[a:b]) for a, b in ((0, 1), (1, 5), (5, 9))]
-    torch.testing.assert_close(together.loss * 9, sum(part.loss * part.rows for part in parts))
-    separate = torch.cat([part.gradients["student_hidden"] * part.rows for part in parts], dim=1)
+    torch.testing.assert_close(together.loss * 9, sum(part.loss * part.tokens for part in parts))
+    separate = torch.cat([part.gradients["student_hidden"] * part.tokens for part in parts], dim=1)
     torch.testing.assert_close(together.gradients["student_hidden"] * 9, separate)
 
 

@@ -16,10 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from kdzoo import Tokens
+from kdzoo.api.plugin import NoParams
 from kdzoo.data.encode import Encoder
 from kdzoo.data.rows import load_rows
 from kdzoo.data.tokenizer import load_tokenizer
-from kdzoo.plugin.contracts import NoParams
 from kdzoo.recipe.model import Data, Source
 from kdzoo_aligners import ByBytes
 

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdzoo import Alignment, Tokens
+from kdzoo.api.plugin import NoParams
 from kdzoo.data.encode import Encoder
 from kdzoo.data.rows import load_rows
 from kdzoo.data.tokenizer import load_tokenizer
-from kdzoo.plugin.contracts import NoParams
 from kdzoo.recipe.model import Data, Source
 from kdzoo_aligners import ByBytes, ByWords, SameTokens
 

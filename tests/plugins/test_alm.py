@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from recordings import Recording, S, assert_same, make_models
 from torch import Tensor
 
-from kdzoo import Batch, Chunk, KdzooError, Lexicon, ModelFacts, Models, Side, View
+from kdzoo import Batch, KdzooError, Logits, ModelInfo, ModelPair, Side, Step, View, Vocabulary, ops
 from kdzoo.testing import Recorded, Replay, replay
-from kdzoo_alm import DIFFERENCES as DIFFERENCES_OF
 from kdzoo_alm import Alm
 
 TEXTS = ("a", " b", "c", "\nd", "e", "\tf", "<end>", "g", " ", "h", "\u00a0i")
@@ -21,12 +20,12 @@ CLOSING = [1, 3, 5, 6, 8]
 END = 6
 
 
-def lexicon(model: Recording) -> Lexicon:
-    return Lexicon(TEXTS[: len(model.head)], frozenset({END}), END)
+def vocabulary_of(model: Recording) -> Vocabulary:
+    return Vocabulary(TEXTS[: len(model.head)], frozenset({END}), END)
 
 
 def recorded(model: Recording) -> Recorded:
-    return replace(model.recorded(), lexicon=lexicon(model))
+    return replace(model.recorded(), vocabulary=vocabulary_of(model))
 
 
 def run(student: Recording, teacher: Recording, same: bool = False, **params: Any) -> Replay:
@@ -313,13 +312,13 @@ IMPOSSIBLE = {
 def test_impossible_tokens_leave_everything_finite(difference, which, params):
     torch.manual_seed(1)
     models, tokens = IMPOSSIBLE[which]
-    facts = ModelFacts(S, 11, 1, "test", Lexicon(TEXTS, frozenset({END}), END))
-    loss = Alm(Alm.Params(difference=difference, **params), Models(facts, facts, False), {})
+    info = ModelInfo(S, 11, 1, "test", Vocabulary(TEXTS, frozenset({END}), END))
+    loss = Alm(Alm.Params(difference=difference, **params), ModelPair(info, info, False), {})
     labels = torch.tensor([0, 2, 4, 7, 9])
     n = torch.arange(5)
     ids = torch.zeros(1, 6, dtype=torch.long)
     side = Side(ids, torch.ones_like(ids), n, labels, n, torch.zeros_like(n), SPANS)
-    leaves, rows = {}, {}
+    leaves, values = {}, {}
     for model in ("student", "teacher"):
         logits = torch.randn(5, 11)
         gold = torch.nn.functional.one_hot(labels, 11).bool()
@@ -329,10 +328,11 @@ def test_impossible_tokens_leave_everything_finite(difference, which, params):
         if model in models:
             logits[masked] = -torch.inf
         leaves[model] = logits.requires_grad_()
-        found = loss.over_vocab(model, Chunk.of_one(model, logits, labels, {}))
-        rows |= {f"{model}.{name}": value for name, value in found.items()}
+        found = loss.outcome(Logits(model, logits, labels))
+        values |= {f"outcome.{model}.{name}": value for name, value in found.items()}
     views = [View(side, {}, "kd", frozenset()) for _ in range(2)]
-    value, _ = loss.combine(Batch(side, side, torch.zeros(0, 2), False, {}), *views, {}, rows).sums["likelihood"]
+    step = Step(Batch(side, side, torch.zeros(0, 2), False, {}), *views, values=values)
+    value, _ = loss.finish(step).sums["likelihood"]
     assert value.isfinite()
     (gradient,) = torch.autograd.grad(value, leaves["student"])
     assert gradient.isfinite().all()
@@ -342,13 +342,13 @@ def test_impossible_tokens_leave_everything_finite(difference, which, params):
 def test_equal_likelihoods_have_no_gradient(difference):
     a = torch.tensor([-1e-6, -0.01, -0.7, -5.0, -1e4])
     b = a.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(DIFFERENCES_OF[difference](a, b, 2.0).sum(), b)
+    (gradient,) = torch.autograd.grad(ops.LIKELIHOOD_DIFFERENCES[difference](a, b, 2.0).sum(), b)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-3)
 
 
 def test_the_ratio_of_k3_is_cut_where_it_would_overflow_and_never_points_away():
     b = torch.tensor([-1.0, -79.0, -200.0, -1e6], requires_grad=True)
-    value = DIFFERENCES_OF["joschu_k3"](torch.zeros(4), b, 2.0)
+    value = ops.LIKELIHOOD_DIFFERENCES["joschu_k3"](torch.zeros(4), b, 2.0)
     (gradient,) = torch.autograd.grad(value.sum(), b)
     assert value.isfinite().all()
     assert (gradient[:2] < 0).all() and (gradient[2:] == 0).all()
@@ -356,7 +356,7 @@ def test_the_ratio_of_k3_is_cut_where_it_would_overflow_and_never_points_away():
 
 def test_k3_of_a_small_ratio_keeps_its_digits():
     r = torch.tensor(1e-3)
-    value = DIFFERENCES_OF["joschu_k3"](r - 1, -torch.ones(()), 2.0)
+    value = ops.LIKELIHOOD_DIFFERENCES["joschu_k3"](r - 1, -torch.ones(()), 2.0)
     torch.testing.assert_close(value, r.square() / 2, rtol=1e-2, atol=0)
 
 
@@ -372,7 +372,7 @@ def test_bfloat16_is_close():
             head=side.head.detach().bfloat16(),
             input_ids=side.ids,
             chunks=side.chunks,
-            lexicon=lexicon(side),
+            vocabulary=vocabulary_of(side),
         )
 
     found = replay({"kd": (Alm, params, 1.0)}, half(student), half(teacher), same_tokens=False, chunk_bytes=300)
@@ -385,8 +385,8 @@ def test_bfloat16_is_close():
 def test_what_the_vocabulary_says_is_read_only_where_a_boundary_matters():
     plain = Alm.Params(append_boundary=False, merge_below=None, last_state=True)
     needs = Alm.needs(plain, same_tokens=False)
-    assert not needs.lexicons and not needs.streams and not needs.student and needs.aligned
-    assert Alm.needs(Alm.Params(), same_tokens=True).lexicons
+    assert not needs.vocabularies and not needs.student and not needs.teacher and needs.aligned
+    assert Alm.needs(Alm.Params(), same_tokens=True).vocabularies
     assert not Alm.needs(Alm.Params(), same_tokens=True).aligned
     student, teacher = make_models(False)
     with pytest.raises(KdzooError, match=r"^replay: 'kd' reads what the student's vocabulary says"):
@@ -395,8 +395,8 @@ def test_what_the_vocabulary_says_is_read_only_where_a_boundary_matters():
 
 def test_a_head_may_be_longer_or_shorter_than_its_vocabulary():
     for vocabulary in (5, 20):
-        facts = ModelFacts(S, vocabulary, 1, "test", Lexicon(TEXTS, frozenset({END}), END))
-        mask = Alm(Alm.Params(), Models(facts, facts, False), {}).get_buffer("student_boundary")
+        info = ModelInfo(S, vocabulary, 1, "test", Vocabulary(TEXTS, frozenset({END}), END))
+        mask = Alm(Alm.Params(), ModelPair(info, info, False), {}).get_buffer("student_boundary")
         assert mask.nonzero()[:, 0].tolist() == [token for token in CLOSING if token < vocabulary]
 
 

@@ -16,7 +16,7 @@ def test_it_is_the_mean_over_response_tokens():
     leaves = {"student_hidden": student.hidden, "student_head": student.head}
     assert_same(found, 0.7 * rows.mean(), leaves)
     torch.testing.assert_close(found.terms["sft/cross_entropy"], rows.mean().detach())
-    assert found.rows == 10
+    assert found.tokens == 10
 
 
 def test_the_accuracy_is_watched():
@@ -98,8 +98,8 @@ def test_a_teacher_that_is_always_right_leaves_nothing_for_the_other_part(same, 
 @pytest.mark.parametrize("same", [True, False])
 def test_the_teacher_is_asked_only_where_it_matters(same):
     everywhere = CrossEntropy.needs(CrossEntropy.Params(), same)
-    assert not everywhere.aligned and everywhere.visits[0].facts == ()
+    assert not everywhere.aligned and not everywhere.facts
     for where in WHERE:
         needs = CrossEntropy.needs(CrossEntropy.Params(where=where), same)
-        assert needs.visits[0].facts == ("teacher.correct",)
+        assert needs.facts == {"teacher.correct"}
         assert needs.aligned != same

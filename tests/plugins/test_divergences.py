@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from recordings import Recording, assert_same, make_models
+from recordings import Recording, assert_same, make_models, make_pair, seen
 from torch import Tensor
 
-from kdzoo import Chunk, Loss
+from kdzoo import Loss
 from kdzoo.testing import Recorded, Replay, replay
 from kdzoo_divergences import JS, AdaptiveKL, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL, TotalVariation
 
@@ -201,10 +201,8 @@ def test_excluded_tokens_leave_loss_and_gradient_finite(loss, teacher, student, 
     y, z = torch.randn(5, 6), torch.randn(5, 6)
     y[:, list(teacher)], z[:, list(student)] = -torch.inf, -torch.inf
     z.requires_grad_()
-    made = loss(loss.Params.model_validate(params), None, {})
-    streams = {"teacher": y, "student": z}
-    terms = made.over_vocab("tokens", Chunk(streams, {}, {}, {}, {name: name for name in streams}))
-    value, _ = terms.sums[loss.name]
+    made = loss(loss.Params.model_validate(params), make_pair(6, 6), {})
+    value, _ = made.tokens(**seen(teacher=y, student=z)).sums[loss.name]
     (gradient,) = torch.autograd.grad(value, z)
     assert value.isfinite() and value > 0
     assert gradient.isfinite().all()
@@ -233,8 +231,8 @@ def test_excluded_tokens_are_probabilities_of_zero_where_that_is_finite(loss, fo
     sides = {"teacher": torch.randn(5, 6).double(), "student": torch.randn(5, 6).double()}
     sides[excluded_by][:, [0, 3]] = -torch.inf
     y, z = sides["teacher"], sides["student"].requires_grad_()
-    made = loss(loss.Params(), None, {})
-    value, _ = made.over_vocab("tokens", Chunk(sides, {}, {}, {}, {name: name for name in sides})).sums[loss.name]
+    made = loss(loss.Params(), make_pair(6, 6), {})
+    value, _ = made.tokens(**seen(**sides)).sums[loss.name]
     expected = sum(formula(p, q) for p, q in zip(y.softmax(-1), z.softmax(-1), strict=True))
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(torch.autograd.grad(value, z), torch.autograd.grad(expected, z))
@@ -276,8 +274,8 @@ def test_a_row_does_not_depend_on_its_neighbours(loss):
     y, z = torch.randn(2, 9, 8).double()
     together = of_logits(loss, y, z)
     parts = [of_logits(loss, y[a:b], z[a:b]) for a, b in ((0, 1), (1, 5), (5, 9))]
-    torch.testing.assert_close(together.loss * 9, sum(part.loss * part.rows for part in parts))
-    separate = torch.cat([part.gradients["student_hidden"] * part.rows for part in parts], dim=1)
+    torch.testing.assert_close(together.loss * 9, sum(part.loss * part.tokens for part in parts))
+    separate = torch.cat([part.gradients["student_hidden"] * part.tokens for part in parts], dim=1)
     torch.testing.assert_close(together.gradients["student_hidden"] * 9, separate)
     order = torch.tensor([4, 8, 0, 2, 1, 7, 5, 3, 6])
     torch.testing.assert_close(of_logits(loss, y[order], z[order]).loss, together.loss)

@@ -140,8 +140,8 @@ def test_a_sequence_depends_on_its_neighbours_only_where_that_is_declared(std, c
     weights = make_weights(SHAPES | QUERY)
     together = run(student, teacher, weights, False, std=std)
     alone = [run(only(student, b), only(teacher, b), weights, False, std=std) for b in range(len(student))]
-    apart = sum(found.loss * found.rows for found in alone)
-    assert torch.isclose(together.loss * together.rows, apart) != couples
+    apart = sum(found.loss * found.tokens for found in alone)
+    assert torch.isclose(together.loss * together.tokens, apart) != couples
     assert DSKD.needs(DSKD.Params(std=std), same_tokens=False).batch_coupled == couples
 
 
@@ -166,7 +166,7 @@ def test_where_projected_teachers_are_all_wrong_their_space_teaches_nothing():
 
 def test_identity_is_for_one_tokenizer():
     student, teacher = make_models(False)
-    with pytest.raises(KdzooError, match=r"^replay: 'kd' compares rows of one tokenizer"):
+    with pytest.raises(KdzooError, match=r"^replay: 'kd' compares tokens of one tokenizer"):
         run(student, teacher, {}, False, alignment="identity")
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recordings import D, Recording, S, V, W, assert_same, make_models, make_weights, nll
+from recordings import D, Recording, S, V, W, assert_same, make_models, make_pair, make_weights, nll, seen
 from torch import Tensor
 from torch.linalg import pinv
 
-from kdzoo import Chunk, Lexicon, ModelFacts, Models
+from kdzoo import Vocabulary
 from kdzoo.testing import Replay, replay
 from kdzoo_dskd_v2 import DSKDv2
 
@@ -71,7 +71,7 @@ class Pair:
         return side.hidden[side.labels != -100]
 
 
-def make_pair(same: bool, seed: int = 3) -> Pair:
+def make_aligned(same: bool, seed: int = 3) -> Pair:
     student, teacher = make_models(same, seed=seed)
     if same:
         n = int((student.labels != -100).sum())
@@ -82,7 +82,7 @@ def make_pair(same: bool, seed: int = 3) -> Pair:
 
 def make(same: bool, shapes: Mapping[str, tuple[int, ...]] = SHAPES) -> tuple[Pair, dict[str, Tensor]]:
     """With weights, of which those to the student's space are not far from the solution: some rows agree."""
-    pair, weights = make_pair(same), make_weights(shapes)
+    pair, weights = make_aligned(same), make_weights(shapes)
     solution = start_of(pair).T
     weights["kd.teacher_to_student.weight"] = (solution + torch.randn(S, D).double() / 8).requires_grad_()
     return pair, weights
@@ -95,12 +95,12 @@ def start_of(pair: Pair, top: int | None = None) -> Tensor:
 
 
 def run(pair: Pair, weights: Mapping[str, Tensor], **params: Any) -> Replay:
-    texts = Lexicon([str(i) for i in range(max(V, W))], frozenset({END}), END)
+    texts = Vocabulary([str(i) for i in range(max(V, W))], frozenset({END}), END)
     aligned = {} if pair.same else {"pairs": pair.pairs, "student_ids": pair.ids}
     return replay(
         {"kd": (DSKDv2, params, 1.0)},
-        replace(pair.student.recorded(), lexicon=texts),
-        replace(pair.teacher.recorded(), lexicon=texts),
+        replace(pair.student.recorded(), vocabulary=texts),
+        replace(pair.teacher.recorded(), vocabulary=texts),
         weights={name: weight.detach() for name, weight in weights.items()},
         same_tokens=pair.same,
         chunk_bytes=200,
@@ -188,7 +188,7 @@ def test_means_of_a_batch_are_of_the_rows_that_count(same, threshold):
 
 
 def test_a_batch_in_which_nothing_agrees_teaches_nothing_in_the_students_space():
-    pair = make_pair(True)
+    pair = make_aligned(True)
     weights = {"kd.teacher_to_student.weight": -start_of(pair).T}  # what was likeliest is now least likely
     rows = rows_of(pair, weights)
     assert not rows["agrees"].any()
@@ -218,7 +218,7 @@ def test_ends_say_nothing_to_the_heads_of_two_vocabularies():
 
 
 def test_where_the_student_is_wide_enough_its_space_begins_as_the_teachers():
-    pair = make_pair(True)
+    pair = make_aligned(True)
     torch.manual_seed(3)
     for side in (pair.student, pair.teacher):
         side.head = torch.randn(V, side.head.shape[1]).double()
@@ -351,8 +351,7 @@ def test_bfloat16_is_close_to_float64():
 @pytest.mark.parametrize("excluded", ["teacher", "student", "t2s", "s2t"])
 def test_excluded_tokens_leave_loss_and_gradients_finite(excluded):
     torch.manual_seed(0)
-    models = Models(ModelFacts(D, V, 1, "recorded"), ModelFacts(S, V, 1, "recorded"), True, torch.arange(V))
-    loss = DSKDv2(DSKDv2.Params(), models, {})
+    loss = DSKDv2(DSKDv2.Params(), make_pair(V, V, torch.arange(V)), {})
     logits = {name: torch.randn(5, V).double() for name in ("student", "teacher", "t2s", "s2t")}
     top = logits["teacher"].argmax(-1)
     logits["t2s"][:3] = logits["teacher"][:3]  # which agree
@@ -361,7 +360,7 @@ def test_excluded_tokens_leave_loss_and_gradients_finite(excluded):
         logits[excluded][4, top[4]] = -torch.inf
     for tensor in logits.values():
         tensor.requires_grad_()
-    terms = loss.over_vocab("spaces", Chunk(logits, {}, {}, {}, {name: name for name in logits}))
+    terms = loss.spaces(**seen(**logits))
     value = torch.stack([value for value, _ in terms.sums.values()]).sum()
     assert value.isfinite()
     trained = [logits[name] for name in ("student", "t2s", "s2t")]

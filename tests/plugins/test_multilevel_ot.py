@@ -240,7 +240,7 @@ def test_padding_order_and_neighbours_do_not_matter(order, padding, matching):
         atol=1e-14,
     )
     alone = [run(only(student, [b]).recorded(), only(teacher, [b]).recorded(), **params) for b in order]
-    torch.testing.assert_close(sum(one.loss * one.rows for one in alone), together.loss * together.rows)
+    torch.testing.assert_close(sum(one.loss * one.tokens for one in alone), together.loss * together.tokens)
 
 
 @pytest.mark.parametrize("params", [{"matching": "rank_batch"}, {"reduction": "padded"}, {"reduction": "padded_last"}])
@@ -251,7 +251,7 @@ def test_the_authors_readings_depend_on_neighbours_and_say_so(params):
         run(only(student, [b]).recorded(), only(teacher, [b]).recorded(), **(SMALL | params))
         for b in range(len(student))
     ]
-    per = [1.0 if "reduction" in params else one.rows for one in alone]
+    per = [1.0 if "reduction" in params else one.tokens for one in alone]
     apart = sum(one.loss * weight for one, weight in zip(alone, per, strict=True)) / sum(per)
     assert not torch.isclose(together.loss, apart, rtol=1e-6, atol=0)
     assert MultiLevelOT.needs(MultiLevelOT.Params(**params), same_tokens=False).batch_coupled

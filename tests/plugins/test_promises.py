@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import combinations_with_replacement
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kdzoo import Loss
 from kdzoo.testing import check_loss
 from kdzoo.testing.promises.ranks import two_ranks
-from kdzoo.testing.promises.world import Outcome, Subject, World, rearranged, registry
+from kdzoo.testing.promises.rearrange import rearranged
+from kdzoo.testing.promises.world import Outcome, Subject, World, registry
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "abkd": [
@@ -115,14 +118,47 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 }
 """By loss: parameters beside its defaults, which are always tried."""
 
+# What every loss is tried in costs minutes; what no other loss does in the same way, seconds.
 
-WORLDS = [
-    (name, same_tokens)
-    for name in SETTINGS
-    for same_tokens in (True, False)
-    if same_tokens or Subject.of(registry().losses[name]).fits_two_tokenizers
-]
-"""Each loss with one tokenizer, and with two where it takes two."""
+KINDS = {
+    "the student alone": "cross_entropy",
+    "both models side by side": "forward_kl",
+    "values of tokens, recomputed": "alm",
+    "streams beside the models": "dskd",
+    "heads, and four streams side by side": "dskd_v2",
+    "scans": "multilevel_ot",
+    "packings and facts": "residual",
+    "packings in groups": "uld",
+    "the teacher alone": "projectors",
+}
+"""A loss for each kind of visit and stream."""
+
+
+def subject(name: str, params: dict[str, Any] | None = None) -> Subject:
+    return Subject.of(registry().of(Loss)[name], params)
+
+
+def worlds(names) -> list[tuple[str, bool]]:
+    """Each loss with one tokenizer, and with two where it takes two."""
+    return [(name, same) for name in names for same in (True, False) if same or subject(name).fits_two_tokenizers]
+
+
+def path(name: str, params: dict[str, Any]) -> str:
+    """What the core does for a loss with these parameters: the streams it makes, shows and captures."""
+    chosen = subject(name, params)
+    visits = [(visit.kind, visit.streams) for visit in chosen.loss.visits(chosen.params)]
+    return repr((visits, [chosen.needs(same) for same in (True, False)]))
+
+
+def new_paths() -> list[tuple[str, dict[str, Any]]]:
+    """Of each loss, the settings that take another path than its defaults and the settings before them."""
+    found = []
+    for name, many in SETTINGS.items():
+        taken = {path(name, {})}
+        found += [
+            (name, params) for params in many if not (path(name, params) in taken or taken.add(path(name, params)))
+        ]
+    return found
 
 
 def describe(value: object) -> str:
@@ -132,74 +168,110 @@ def describe(value: object) -> str:
 
 
 def test_every_loss_is_tried():
-    assert SETTINGS.keys() == registry().losses.keys()
+    assert SETTINGS.keys() == registry().of(Loss).keys()
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_with_its_defaults_it_keeps_every_promise(name):
-    check_loss(registry().losses[name], ranks=False)
+    check_loss(registry().of(Loss)[name], ranks=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "params"), [(n, p) for n, many in SETTINGS.items() for p in many], ids=describe)
+@pytest.mark.parametrize(("name", "params"), new_paths(), ids=describe)
+def test_on_another_path_through_the_core_it_keeps_every_promise(name, params):
+    check_loss(registry().of(Loss)[name], params, ranks=False)
+
+
+OTHERS = [(n, p) for n, many in SETTINGS.items() for p in many if (n, p) not in new_paths()]
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("name", "params"), OTHERS, ids=describe)
 def test_with_other_parameters_it_keeps_every_promise(name, params):
-    check_loss(registry().losses[name], params, ranks=False)
+    check_loss(registry().of(Loss)[name], params, ranks=False)
 
 
 @pytest.mark.slow
+def test_two_ranks_of_zero_are_one_process_for_every_kind_of_loss():
+    assert ranks_fault(worlds(KINDS.values())) == {}
+
+
+@pytest.mark.sweep
 def test_two_ranks_of_zero_are_one_process_for_every_loss():
-    subjects = [Subject.of(loss) for loss in registry().losses.values()]
-    tried = [(subject, same) for subject in subjects for same in (True, False) if same or subject.fits_two_tokenizers]
-    faults = zip(tried, two_ranks(tried), strict=True)
-    assert {(subject.loss.name, same): fault for (subject, same), fault in faults if fault} == {}
+    assert ranks_fault(worlds(SETTINGS)) == {}
+
+
+def ranks_fault(tried: list[tuple[str, bool]]) -> dict[tuple[str, bool], str]:
+    faults = two_ranks([(subject(name), same) for name, same in tried])
+    return {key: fault for key, fault in zip(tried, faults, strict=True) if fault}
 
 
 # Random batches, where the kit has one: what a loss says of a sequence depends on that sequence alone.
 
-lengths = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)), min_size=2, max_size=4)
+LENGTHS = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5), st.integers(1, 5)), min_size=2, max_size=4)
 
 
-@pytest.mark.parametrize(("name", "same_tokens"), WORLDS, ids=describe)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "same_tokens"), worlds(KINDS.values()), ids=describe)
 @settings(max_examples=6, deadline=None)
-@given(lengths=lengths, seed=st.integers(0, 99), padding=st.integers(0, 3), data=st.data())
+@given(lengths=LENGTHS, seed=st.integers(0, 99), padding=st.integers(0, 3), data=st.data())
 def test_padding_order_and_splits_change_nothing(name, same_tokens, lengths, seed, padding, data):
-    world = World(Subject.of(registry().losses[name]), same_tokens)
+    world = World(subject(name), same_tokens)
     batch = world.batch(lengths, seed)
     order = data.draw(st.permutations(range(len(lengths))))
     cut = data.draw(st.integers(1, len(lengths) - 1))
-    whole = world.run([world.slot()], batch)
-    parts = [world.run([world.slot()], rearranged(batch, part, padding)) for part in (order[:cut], order[cut:])]
+    whole = world.run([world.term()], batch)
+    parts = [world.run([world.term()], rearranged(batch, part, padding)) for part in (order[:cut], order[cut:])]
     assert whole.difference(parts[0].plus(parts[1])) == ""
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", KINDS.values())
 def test_no_gradient_reaches_prompts_or_padding(name):
-    world = World(Subject.of(registry().losses[name]), same_tokens=True)
-    slot, batch = world.slot(), world.batch()
-    gradient = world.recorded(slot, batch).run(slot).gradients.get("student hidden.last@all")
+    world = World(subject(name), same_tokens=True)
+    term, batch = world.term(), world.batch()
+    gradient = world.recorded(term, batch).run(term).gradients.get("student hidden.last@all")
     if gradient is not None:
-        assert batch.student is not None and gradient[batch.student.rows].any()
-        gradient[batch.student.rows] = 0
+        assert batch.student is not None and gradient[batch.student.positions].any()
+        gradient[batch.student.positions] = 0
         assert not gradient.any()
 
 
 # Composition: what two losses say together is what they say apart, added.
 
-PAIRS = [
-    (first, second, same)
-    for (first, same), (second, same_too) in combinations_with_replacement(WORLDS, 2)
-    if same == same_too and "projectors" not in (first, second)  # which trains on a teacher alone
-]
+
+def pairs(names) -> list[tuple[str, str, bool]]:
+    """Any two, and each with itself; but for the one that trains on a teacher alone."""
+    there = [world for world in worlds(names) if world[0] != "projectors"]
+    return [(a, b, same) for (a, same), (b, too) in combinations_with_replacement(there, 2) if same == too]
 
 
-@pytest.mark.parametrize(("first", "second", "same_tokens"), PAIRS, ids=describe)
+KIND_PAIRS = pairs(KINDS.values())
+
+
+@cache
+def alone(name: str, same_tokens: bool, slot: str) -> Outcome:
+    world = World(subject(name), same_tokens)
+    return world.run([world.term(name=slot)], world.batch())
+
+
+@pytest.mark.parametrize(("first", "second", "same_tokens"), KIND_PAIRS, ids=describe)
+def test_losses_of_any_two_kinds_compose(first, second, same_tokens):
+    assert_composes(first, second, same_tokens)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    ("first", "second", "same_tokens"), [pair for pair in pairs(SETTINGS) if pair not in KIND_PAIRS], ids=describe
+)
 def test_any_two_losses_compose(first, second, same_tokens):
-    subjects = [Subject.of(registry().losses[name]) for name in (first, second)]
-    worlds = [World(subject, same_tokens) for subject in subjects]
-    slots = [world.slot(name=name) for world, name in zip(worlds, ("one", "other"), strict=True)]
-    batch = worlds[0].batch()
-    together = worlds[0].run(slots, batch)
-    apart: list[Outcome] = [worlds[0].run([slot], batch) for slot in slots]
+    assert_composes(first, second, same_tokens)
+
+
+def assert_composes(first: str, second: str, same_tokens: bool) -> None:
+    made = [World(subject(name), same_tokens) for name in (first, second)]
+    terms = [world.term(name=slot) for world, slot in zip(made, ("one", "other"), strict=True)]
+    together = made[0].run(terms, made[0].batch())
+    apart = alone(first, same_tokens, "one"), alone(second, same_tokens, "other")
     assert together.terms.keys() == apart[0].terms.keys() | apart[1].terms.keys()
     assert together.difference(apart[0].plus(apart[1])) == ""
     assert any(gradient is not None and gradient.any() for gradient in together.gradients.values())

@@ -9,10 +9,10 @@ import torch
 from recordings import D, Recording, S, V, W, assert_same, make_models, make_right, make_weights, nll
 from torch import Tensor
 
-from kdzoo import KdzooError, Needs, Side
+from kdzoo import KdzooError, Needs, Side, Step, Stream
 from kdzoo.testing import Replay, replay
 from kdzoo_cross_entropy import CrossEntropy
-from kdzoo_residual import Projectors, Residual, shuffled_rows
+from kdzoo_residual import Projectors, Residual, shuffled
 
 A = 3
 SHAPES = {"residual.low_to_student.weight": (S, A)}
@@ -36,7 +36,7 @@ def run(
         student.recorded(),
         teacher.recorded(),
         weights={name: weight.detach() for name, weight in weights.items()},
-        artefacts={"projectors": {"teacher_to_low.weight": p_ta}},
+        artifacts={"projectors": {"teacher_to_low.weight": p_ta}},
         same_tokens=same,
         chunk_bytes=chunk_bytes,
     )
@@ -62,7 +62,7 @@ def spans(student: Recording, teacher: Recording, b: int) -> Tensor:
 def random_rows(student: Recording, masks: list[Tensor]) -> list[Tensor]:
     """As many rows of each sequence as its mask has, at the places that the plugin draws."""
     drawn = torch.empty(sum(map(len, masks)), dtype=torch.bool)
-    drawn[shuffled_rows(side_of(student))] = torch.cat(masks)
+    drawn[shuffled(side_of(student))] = torch.cat(masks)
     return list(drawn.split([len(mask) for mask in masks]))
 
 
@@ -264,6 +264,7 @@ class Watching(Residual):
     made: Residual
     drawn: dict[str, Tensor]
     shares: list[Tensor]
+    made_streams: dict[str, Stream]
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -274,6 +275,11 @@ class Watching(Residual):
         share = super().indicator(*args)
         self.shares.append(share)
         return share
+
+    def streams_after_facts(self, step: Step) -> dict[str, Stream]:
+        made = super().streams_after_facts(step)
+        type(self).made_streams = made
+        return made
 
 
 def shares_of(student: Recording, teacher: Recording, same: bool, **params: Any) -> list[Tensor]:
@@ -319,8 +325,8 @@ def test_random_rows_follow_from_the_sequence_alone(same):
 def test_random_rows_are_drawn_evenly():
     torch.manual_seed(0)
     side = side_of(make_models(True, rows=([40] * 500, [40] * 500))[0])
-    place = shuffled_rows(side) % 40
-    assert torch.equal(shuffled_rows(side).sort().values, torch.arange(len(side)))
+    place = shuffled(side) % 40
+    assert torch.equal(shuffled(side).sort().values, torch.arange(len(side)))
     mean = place.view(500, 40).double().mean(0)  # where the rows of a place go: 19.5 if no place is preferred
     assert (mean - 19.5).abs().max() < 5 * (40**2 / 12 / 500) ** 0.5
 
@@ -551,7 +557,7 @@ def test_sequences_add_up_in_every_setting(same, params, head_gradient):
     whole = run(student, teacher, p_ta, weights, same, **given)
     parts = [(these(student, [b]), these(teacher, [b])) for b in range(3)]
     found = [run(mine, theirs, p_ta, weights, same, **given) for mine, theirs in parts]
-    shares = [part.rows / whole.rows for part in found]
+    shares = [part.tokens / whole.tokens for part in found]
     for name, term in whole.terms.items():
         torch.testing.assert_close(sum(share * p.terms[name] for share, p in zip(shares, found, strict=True)), term)
     states = [share * part.gradients["student_hidden"] for share, part in zip(shares, found, strict=True)]
@@ -581,7 +587,7 @@ def test_what_is_declared():
     assert Residual.needs(Residual.Params(indicator="soft", top_k=3), same_tokens=False).aligned
     assert not Residual.needs(Residual.Params(), same_tokens=True).aligned
     assert not Residual.needs(Residual.Params(wrong="attention"), same_tokens=False).aligned
-    assert Residual.needs(Residual.Params(width=8), same_tokens=True).artefacts == {"projectors": {"width": 8}}
+    assert Residual.needs(Residual.Params(width=8), same_tokens=True).artifacts == {"projectors": {"width": 8}}
     assert Residual.needs(Residual.Params(beta="batch"), same_tokens=True).batch_coupled
     assert not Residual.needs(Residual.Params(), same_tokens=True).batch_coupled
 
@@ -600,13 +606,12 @@ def test_the_facts_that_are_declared(same):
     assert set(soft.facts) == {"teacher.correct@5", "teacher.label_logprob@2.0"}
     entropy = {"teacher.correct"} if same else {"teacher.correct", "teacher.entropy"}
     assert set(needed(same, wrong="entropy").facts) == entropy
-    for params in ({}, {"top_k": 3}, {"indicator": "soft", "wrong": "entropy"}):
-        for visit in needed(same, **params).visits:
-            assert set(visit.facts) <= set(needed(same, **params).facts)
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_the_streams_that_are_declared(same):
+def test_the_streams_that_are_made(same):
+    student, teacher = make_mixed(same)
+    weights, p_ta = make_weights(SHAPES if same else SHAPES | QUERY), torch.randn(A, D).double()
     for params, streams, learns in [
         ({}, ["wrong"], True),
         ({"top_k": 3, "beta": "row", "state_gradient": False, "direction": "random"}, ["wrong"], True),
@@ -615,10 +620,14 @@ def test_the_streams_that_are_declared(same):
         ({"indicator": "all"}, ["wrong", "right"], True),
         ({"indicator": "random", "head_gradient": False}, ["wrong", "right"], False),
     ]:
-        needs = needed(same, **params)
-        assert [stream.name for stream in needs.streams] == streams
-        assert all(s.learns_head == learns and s.head == "student" and s.axis == "own" for s in needs.streams)
-        assert [visit.streams for visit in needs.visits] == [("student",), *((name,) for name in streams)]
+        fixed = SHAPES if params.get("direction") == "random" else {}
+        trained = {name: weight for name, weight in weights.items() if name not in fixed}
+        run(student, teacher, p_ta, trained, same, loss=Watching, **params)
+        made = Watching.made_streams
+        assert list(made) == streams
+        assert all(s.learns_head == learns and s.head == "student" and s.beside is None for s in made.values())
+        visits = Residual.visits(Residual.Params.model_validate(params))
+        assert [visit.streams for visit in visits] == [("student",), ("wrong",), ("right",)]
 
 
 def test_the_sites_that_are_declared():
@@ -691,8 +700,8 @@ class Prepared(Projectors):
     sums: dict[str, Tensor]
     instead: dict[str, Tensor] | None = None
 
-    def prepare(self, sums: Any) -> None:
-        super().prepare(self.instead or sums)
+    def start_from_statistics(self, sums: Any) -> None:
+        super().start_from_statistics(self.instead or sums)
         type(self).sums = dict(sums)
         type(self).start = {f"projectors.{name}": p.detach().clone() for name, p in self.named_parameters()}
 
@@ -753,17 +762,19 @@ def test_the_baseline_is_centred_pca(low, init):
 
 
 @pytest.mark.parametrize("target", ["label", "teacher"])
-def test_a_reconstruction_is_measured_by_the_survey_however_the_rows_are_split(target, monkeypatch):
+def test_a_reconstruction_is_measured_by_the_statistics_however_the_rows_are_split(target, monkeypatch):
     teacher = make_anisotropic([6, 1, 9])
     weights = make_weights(STAGE_1)
     params = {"width": A, "target": target, "reconstruction_weight": 0.7}
     whole = project(teacher, weights, Prepared, **params)
     parts = [these(teacher, sequences) for sequences in ([0, 1], [2])]
-    surveyed = []
+    statistics = []
     for part in parts:
         project(part, weights, Prepared, **params)
-        surveyed.append(Prepared.sums)
-    monkeypatch.setattr(Prepared, "instead", {name: surveyed[0][name] + surveyed[1][name] for name in surveyed[0]})
+        statistics.append(Prepared.sums)
+    monkeypatch.setattr(
+        Prepared, "instead", {name: statistics[0][name] + statistics[1][name] for name in statistics[0]}
+    )
     shares = [part.rows(slice(None)).sum() / teacher.rows(slice(None)).sum() for part in parts]
     split = [project(part, weights, Prepared, **params) for part in parts]
     torch.testing.assert_close(sum(share * part.loss for share, part in zip(shares, split, strict=True)), whole.loss)
@@ -773,12 +784,14 @@ def test_a_reconstruction_is_measured_by_the_survey_however_the_rows_are_split(t
 
 
 def test_the_projectors_choose_which_rows_are_reconstructed():
-    assert Projectors.needs(Projectors.Params(), same_tokens=True).rows == "sequence"
-    assert Projectors.needs(Projectors.Params(rows="response"), same_tokens=True).rows == "response"
+    assert Projectors.needs(Projectors.Params(), same_tokens=True).tokens == "sequence"
+    assert Projectors.needs(Projectors.Params(rows="response"), same_tokens=True).tokens == "response"
 
 
-def test_the_teachers_own_rows_are_seen_where_it_is_the_target():
-    for target, streams in (("label", ("reconstructed",)), ("teacher", ("teacher", "reconstructed"))):
-        trained, watched = Projectors.needs(Projectors.Params(target=target), same_tokens=True).visits
-        assert trained.streams == streams and not trained.report_only
-        assert watched.report_only
+def test_the_teachers_prediction_is_asked_for_where_it_is_the_target():
+    for target, facts in (("label", set()), ("teacher", {"teacher.top1"})):
+        params = Projectors.Params(target=target)
+        assert Projectors.needs(params, same_tokens=True).facts == facts
+        trained, watched = Projectors.visits(params)
+        assert trained.streams == ("reconstructed",) and not trained.measured_only
+        assert watched.streams == ("teacher", "reconstructed", "pca") and watched.measured_only

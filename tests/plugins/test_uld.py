@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recordings import D, Recording, S, V, W, assert_same, make_models, make_recording
+from recordings import D, Recording, S, V, W, assert_same, make_models, make_pair, make_recording
 from torch import Tensor
 
-from kdzoo import Chunk, KdzooError, ModelFacts, Models
-from kdzoo.step.chunk import OwnRows
+from kdzoo import KdzooError, Logits
 from kdzoo.testing import Recorded, Replay, replay
 from kdzoo_cross_entropy import CrossEntropy
 from kdzoo_uld import ULD
@@ -191,12 +190,12 @@ def only(side: Recording, sequences: list[int], padding: int) -> Recording:
 def test_a_sequence_depends_on_itself_alone(params, order, cut, padding):
     student, teacher = make_models(False)
     whole = run(student, teacher, **params)
-    counts = {"rows": whole.rows, "sequences": 3.0}
+    counts = {"rows": whole.tokens, "sequences": 3.0}
     per = params.get("mean", "sequences")
     total, gradient = torch.zeros(()).double(), torch.zeros_like(student.hidden)
     for part in (order[:cut], order[cut:]):
         found = run(only(student, part, padding), only(teacher, part, padding), **params)
-        share = (found.rows if per == "rows" else len(part)) / counts[per]
+        share = (found.tokens if per == "rows" else len(part)) / counts[per]
         total = total + found.loss * share
         gradient[part] = found.gradients["student_hidden"][:, : gradient.shape[1]] * share
     torch.testing.assert_close(total, whole.loss)
@@ -239,22 +238,12 @@ def test_excluded_tokens_leave_loss_and_gradient_finite(params, base):
     q[0, labels[0][0]] = q[4, labels[0][4]] = p[1, labels[1][1]] = p[2, labels[1][2]] = -torch.inf
     q.requires_grad_()
     names = ("student_answer", "teacher_answer")
-    models = Models(ModelFacts(D, W, 1, "recorded"), ModelFacts(S, V, 1, "recorded"), False, student_ids())
-    own = {
-        name: OwnRows({"weight": torch.ones(len(g)).double()}, torch.tensor(g))
-        for name, g in zip(names, group, strict=True)
+    answers = {
+        name: Logits(name, x, gold, values={"weight": torch.ones(len(g)).double()}, group=torch.tensor(g), groups=3)
+        for name, x, gold, g in zip(names, (q, p), labels, group, strict=True)
     }
-    chunk = Chunk(
-        dict(zip(names, (q, p), strict=True)),
-        dict(zip(names, labels, strict=True)),
-        {},
-        {},
-        {name: name for name in names},
-        own=own,
-        groups=3,
-    )
-    made = ULD(ULD.Params(align="text", base=base, **params), models, {})
-    found = torch.stack([value for value, _ in made.over_vocab("answers", chunk).sums.values()]).sum()
+    made = ULD(ULD.Params(align="text", base=base, **params), make_pair(V, W, student_ids(), same_tokens=False), {})
+    found = torch.stack([value for value, _ in made.answers(**answers).sums.values()]).sum()
     expected = torch.zeros(()).double()
     for g in range(3):
         one_q, one_p = (
@@ -323,7 +312,7 @@ def test_entries_that_all_match_leave_none_to_be_ranked():
 
 def test_vocabularies_without_a_common_entry_are_refused():
     student, teacher = make_models(False)
-    with pytest.raises(KdzooError, match=r"^uld: 'hybrid' compares entries of both vocabularies, and these have none"):
+    with pytest.raises(KdzooError, match=r"the vocabularies of student and teacher share no entry"):
         replay({"kd": (ULD, {"hybrid": True}, 1.0)}, student.recorded(), teacher.recorded(), same_tokens=False)
 
 

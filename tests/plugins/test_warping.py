@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kdzoo import Alignment, Tokens
-from kdzoo.plugin.contracts import NoParams
+from kdzoo.api.plugin import NoParams
 from kdzoo_aligners import ByPosition, MinEdit
 
 by_position = ByPosition(NoParams())

@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdzoo import Anatomy
-from kdzoo_anatomies import GPT2, Gemma3, Llama, Mixtral, Qwen2MoE, QwenMoE, Routed
+from kdzoo import ModelAdapter
+from kdzoo_model_adapters import GPT2, Gemma3, Llama, Mixtral, Qwen2MoE, QwenMoE, Routed
 
 CLASSES = (Llama, Routed, Mixtral, QwenMoE, Qwen2MoE, Gemma3, GPT2)
-SHAPES: dict[str, Anatomy] = {family: shape() for shape in CLASSES for family in shape.families}
+SHAPES: dict[str, ModelAdapter] = {family: shape() for shape in CLASSES for family in shape.families}
 SIZES = {
     "vocab_size": 50,
     "hidden_size": 16,
@@ -60,36 +60,36 @@ def model_of(config: Any) -> Any:
 
 @pytest.mark.parametrize("family", sorted(SHAPES))
 def test_the_parts_are_the_models_own(family: str) -> None:
-    model, anatomy = model_of(config_of(family)), SHAPES[family]
+    model, model_adapter = model_of(config_of(family)), SHAPES[family]
     with torch.no_grad():
         before_norm: list[torch.Tensor] = []
-        anatomy.norm(model).register_forward_pre_hook(lambda _, args: before_norm.append(args[0]))
+        model_adapter.norm(model).register_forward_pre_hook(lambda _, args: before_norm.append(args[0]))
         expected = model(IDS, output_hidden_states=True)
-        hidden = anatomy.backbone(model)(IDS).last_hidden_state
-        head = anatomy.head(model)
-        embedded = anatomy.embedding(model)(IDS)
-        after_norm = anatomy.norm(model).forward(before_norm[0])
+        hidden = model_adapter.backbone(model)(IDS).last_hidden_state
+        head = model_adapter.head(model)
+        embedded = model_adapter.embedding(model)(IDS)
+        after_norm = model_adapter.norm(model).forward(before_norm[0])
     assert hidden.equal(expected.hidden_states[-1])
     assert hidden.equal(after_norm)
     torch.testing.assert_close(head.finish(hidden @ head.weight.T, head.bias), expected.logits)
-    assert len(anatomy.blocks(model)) == 4
-    table = anatomy.embedding(model).weight
-    torch.testing.assert_close(embedded, table[IDS] * anatomy.embed_scale(model))
+    assert len(model_adapter.blocks(model)) == 4
+    table = model_adapter.embedding(model).weight
+    torch.testing.assert_close(embedded, table[IDS] * model_adapter.embed_scale(model))
     names = set(model.state_dict())
-    for number, block in enumerate(anatomy.blocks(model)):
-        assert {f"{anatomy.block_prefix()}{number}.{name}" for name in block.state_dict()} <= names
+    for number, block in enumerate(model_adapter.blocks(model)):
+        assert {f"{model_adapter.block_prefix()}{number}.{name}" for name in block.state_dict()} <= names
 
 
 @pytest.mark.parametrize("family", sorted(SHAPES))
 def test_a_cut_configuration_keeps_the_kinds_of_the_kept_blocks(family: str) -> None:
-    config, anatomy = config_of(family), SHAPES[family]
+    config, model_adapter = config_of(family), SHAPES[family]
     model = model_of(config)
     before = config.to_dict()
     layers = [3, 0, 1]
-    cut = model_of(anatomy.cut_config(config, layers))
+    cut = model_of(model_adapter.cut_config(config, layers))
     assert config.to_dict() == before
     for place, layer in enumerate(layers):
-        kept, block = anatomy.blocks(cut)[place], anatomy.blocks(model)[layer]
+        kept, block = model_adapter.blocks(cut)[place], model_adapter.blocks(model)[layer]
         shapes = [{name: tensor.shape for name, tensor in one.state_dict().items()} for one in (kept, block)]
         assert shapes[0] == shapes[1]
     kinds = before.get("layer_types")

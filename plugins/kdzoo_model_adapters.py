@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from kdzoo import Anatomy, Head, Mixture, hookimpl
+from kdzoo import Head, Mixture, ModelAdapter, Register, hookimpl
 
 
-class Llama(Anatomy):
+class Llama(ModelAdapter):
     """`model.layers` under one norm, a head without bias; a mixture of experts changes nothing of it."""
 
     families = ("llama", "mistral", "qwen2", "qwen3")
@@ -112,7 +112,7 @@ class Gemma3(Llama):
         return Head(model.lm_head.weight, soft_cap=model.config.final_logit_softcapping)
 
 
-class GPT2(Anatomy):
+class GPT2(ModelAdapter):
     """`transformer.h`, with learned positions and a head that is usually the embedding."""
 
     families = ("gpt2",)
@@ -142,7 +142,7 @@ class GPT2(Anatomy):
 
 
 @hookimpl
-def register_anatomies(register: Callable[[type[Anatomy]], None]) -> None:
+def register_plugins(register: Register) -> None:
     register(Llama)
     register(Mixtral)
     register(Routed)
