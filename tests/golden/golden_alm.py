@@ -10,13 +10,13 @@ import torch
 from golden_files import CHUNK_BYTES, Golden, NotUnderstood, Pair, configuration, held
 from torch import Tensor
 
-from kdzoo import Aligner, Lexicon, NoParams, Tokens
+from kdzoo import Aligner, NoParams, Tokens, Vocabulary
 from kdzoo.testing import Recorded, replay
 from kdzoo_aligners import ByBytes, ByWords
 from kdzoo_alm import Alm
 
 
-def scored(golden: Golden, model: str, chunks: Tensor, mask: Tensor, lexicon: Lexicon | None = None) -> Recorded:
+def scored(golden: Golden, model: str, chunks: Tensor, mask: Tensor, lexicon: Vocabulary | None = None) -> Recorded:
     """Their chunks are of tokens [B, T, C], ours of the positions before them; the first token has none."""
     before = torch.cat([chunks[:, 1:], torch.zeros_like(chunks[:, :1])], dim=1)
     ids = golden.tensor(f"{model}_input_ids")
@@ -26,7 +26,7 @@ def scored(golden: Golden, model: str, chunks: Tensor, mask: Tensor, lexicon: Le
         logits=golden[f"{model}_logits"],
         input_ids=ids,
         chunks=before,
-        lexicon=lexicon,
+        vocabulary=lexicon,
     )
 
 
@@ -83,14 +83,13 @@ def likelihoods(golden: Golden) -> Iterator[Pair]:
         "append_boundary": "append_space" in mode,
         "merge_below": given["tokenizer_pair_bias_threshold"] if "merge_by_space_prob" in mode else None,
         "boundary": "end" if "eos_as_space" in mode else "space",
-        "last_state": True,
+        "preset": "tokenkit@bcacdef",
     }
     factor = 1.0
     if "merge_by_space_prob" in mode:
         joined, doubly = joined_counts(golden, params["merge_below"], "eos_as_space" in mode)
-        by_tokens = params["denominator"] == "token_count"
+        by_tokens = params.pop("denominator") == "token_count"
         factor = float((joined > 0).sum() / (doubly.sum() if by_tokens else (doubly > 0).sum()))
-        params["denominator"] = "merged_chunk_count"
 
     def side(model: str) -> Recorded:
         texts = [" a" if space else "a" for space in golden[f"space_mask_{model}"]]
@@ -99,7 +98,7 @@ def likelihoods(golden: Golden) -> Iterator[Pair]:
             model,
             golden.tensor(f"alignment_{model}"),
             golden.tensor(f"loss_mask_{model}"),
-            Lexicon(texts, frozenset(), golden.meta[f"{model}_eos_id"]),
+            Vocabulary(texts, frozenset(), golden.meta[f"{model}_eos_id"]),
         )
 
     found = replay(

@@ -1,4 +1,4 @@
-"""Divergences between logits of one tokenizer: DSKD, DistiLLM and ABKD's copies of it, ABKD, TRL and DistillKit."""
+"""Divergences between logits of one tokenizer: DSKD, KDFlow, DistiLLM, ABKD (and its copies of it), TRL, DistillKit."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from golden_files import CHUNK_BYTES, NOT_COVERED_SETTINGS, Golden, NotUnderstoo
 from torch import Tensor
 
 from kdzoo import Loss
-from kdzoo.testing import Recorded, replay
+from kdzoo.testing import Recorded, Replay, replay
 from kdzoo_abkd import ABKD
+from kdzoo_cross_entropy import CrossEntropy
 from kdzoo_divergences import JS, AdaptiveKL, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL, TotalVariation
 
 Slots = dict[str, tuple[type[Loss], dict[str, Any], float]]
@@ -33,19 +34,9 @@ def compare(
     `reduction` says what the authors' scalar is: the mean over "rows", their "sum", or the mean over all "entries".
     `noise` is how far off it is.
     """
-    student = golden.tensor("student_logits")
-    teacher = golden.tensor("teacher_logits") if teacher is None else teacher
-    rank = student.dim()  # of a classifier, [samples, classes]
-    labels, convention = _labels(golden, student, masks_directly)
-    found = replay(
-        losses,
-        Recorded(labels, convention, logits=student if rank == 3 else student[None]),
-        Recorded(labels, convention, logits=teacher if rank == 3 else teacher[None]),
-        same_tokens=True,
-        chunk_bytes=CHUNK_BYTES,
-    )
-    total = found.loss * found.rows
-    scale = {"rows": 1.0, "sum": found.rows, "entries": 1.0 / student.shape[-1]}[reduction]
+    student, found = golden.tensor("student_logits"), run(golden, losses, teacher, masks_directly)
+    total = found.loss * found.tokens
+    scale = {"rows": 1.0, "sum": found.tokens, "entries": 1.0 / student.shape[-1]}[reduction]
     gradient = found.gradients["student_hidden"].reshape(student.shape)
     if "loss" in golden:
         yield Pair(("loss",), found.loss * scale, golden.tensor("loss"), noise)
@@ -54,9 +45,23 @@ def compare(
         {
             "loss_sum": total,
             "loss_num_items20": total / 20,
-            "n_tokens": torch.tensor(found.rows),
-            "grad_student_logits": gradient * (scale if "loss" in golden else found.rows),
+            "n_tokens": torch.tensor(found.tokens),
+            "grad_student_logits": gradient * (scale if "loss" in golden else found.tokens),
         },
+    )
+
+
+def run(golden: Golden, losses: Slots, teacher: Tensor | None = None, masks_directly: bool = False) -> Replay:
+    student = golden.tensor("student_logits")
+    teacher = golden.tensor("teacher_logits") if teacher is None else teacher
+    rank = student.dim()  # of a classifier, [samples, classes]
+    labels, convention = _labels(golden, student, masks_directly)
+    return replay(
+        losses,
+        Recorded(labels, convention, logits=student if rank == 3 else student[None]),
+        Recorded(labels, convention, logits=teacher if rank == 3 else teacher[None]),
+        same_tokens=True,
+        chunk_bytes=CHUNK_BYTES,
     )
 
 
@@ -76,13 +81,79 @@ SHARED_KEYS = {"kd_temperature", "teacher_temperature", "use_tea_temp", "skew_la
 """Of the authors' one set of arguments: every function is given all and reads some."""
 
 
-def dskd(golden: Golden, *, loss: type[Loss], **own: str) -> Iterator[Pair]:
-    """`own`: our parameter -> theirs. Their js takes log(prob + 1e-9), which is far below the tolerance."""
-    given = configuration(golden, known=SHARED_KEYS)
+DSKD: dict[str, tuple[type[Loss], dict[str, str]]] = {
+    "forward_kl": (ForwardKL, {}),
+    "reverse_kl": (ReverseKL, {}),
+    "js": (JS, {}),
+    "skewed_forward_kl": (SkewForwardKL, {"skew": "skew_lambda"}),
+    "skewed_reverse_kl": (SkewReverseKL, {"skew": "skew_lambda"}),
+    "adaptive_kl": (AdaptiveKL, {"head_mass": "adaptive_kl_alpha"}),
+}
+"""Their divergence -> our loss, and our parameter -> theirs. Their js takes log(prob + 1e-9), which is far below the
+tolerance."""
+DSKD_DEFAULTS = {"kd_temperature": 1.0, "teacher_temperature": 1.0, "skew_lambda": 0.1, "adaptive_kl_alpha": 0.5}
+
+
+def dskd(golden: Golden, *, divergence: str) -> Iterator[Pair]:
+    loss, own = DSKD[divergence]
+    given = DSKD_DEFAULTS | configuration(golden, known=SHARED_KEYS)
     params = {"temperature": given["kd_temperature"]} | {ours: given[theirs] for ours, theirs in own.items()}
     if given.get("use_tea_temp"):
         params["teacher_temperature"] = given["teacher_temperature"]
     yield from compare(golden, {"kd": (loss, params, 1.0)})
+
+
+def dskd_forward(golden: Golden) -> Iterator[Pair]:
+    """A divergence beside the cross-entropy, over a denominator that they are given. It reads no teacher's temperature.
+
+    (Of a `model_type` "qwen" they take the first 151851 entries; here heads have as many as the tokenizer.)
+    """
+    inert = {"model_type", "report_logits"}
+    known = {"kd_objective", "kd_rate", "label_smoothing", "criterion", *inert, *SHARED_KEYS}
+    given = DSKD_DEFAULTS | configuration(golden, known=known)
+    objective = given.get("kd_objective", "forward_kl").replace("js_divergence", "js")
+    if objective not in DSKD or given.get("label_smoothing"):
+        raise NotUnderstood(f"kd_objective '{objective}', label_smoothing {given.get('label_smoothing')}: not here")
+    loss, own = DSKD[objective]
+    params = {"temperature": given["kd_temperature"]} | {ours: given[theirs] for ours, theirs in own.items()}
+    rate = given.get("kd_rate", 0.5)
+    found = run(golden, {"sft": (CrossEntropy, {}, 1 - rate), "kd": (loss, params, rate)})
+    scale = found.tokens / float(golden["batch_denom"].item()) if "batch_denom" in golden else 1.0
+    yield from held(
+        golden,
+        {
+            "loss": found.loss * scale,
+            "grad_student_logits": found.gradients["student_hidden"] * scale,
+            "log_nll_loss": found.terms["sft/cross_entropy"] * scale,
+            "log_kd_loss": found.terms[f"kd/{loss.name}"] * scale,
+            "log_loss": found.loss * scale,
+            "log_accuracy": found.watched["sft/token_accuracy"] * scale,
+        },
+    )
+
+
+# songmzhang/KDFlow
+
+KDFLOW: dict[str, tuple[type[Loss], Callable[[Mapping[str, float]], dict[str, float]]]] = {
+    "kl": (ForwardKL, lambda given: {}),
+    "reverse_kl": (ReverseKL, lambda given: {}),
+    "js": (JS, lambda given: {"teacher_weight": 1 - given["jsd_beta"]}),
+    "skewed_kl": (SkewForwardKL, lambda given: {"skew": given["skew_lambda"]}),
+    "skewed_rkl": (SkewReverseKL, lambda given: {"skew": given["skew_lambda"]}),
+    "adaptive_kl": (AdaptiveKL, lambda given: {"head_mass": given["adaptive_kl_alpha"]}),
+}
+"""Their `compute_<name>_div` -> our loss, and its parameters from theirs."""
+KDFLOW_DEFAULTS = {"temperature": 1.0, "jsd_beta": 0.5, "skew_lambda": 0.1, "adaptive_kl_alpha": 0.5}
+"""Of all of them: every function takes any argument and reads some."""
+
+
+def kdflow(
+    golden: Golden, *, loss: type[Loss], own: Callable[[Mapping[str, float]], dict[str, float]]
+) -> Iterator[Pair]:
+    given = KDFLOW_DEFAULTS | configuration(golden, known={*KDFLOW_DEFAULTS, "reduction"})
+    if given.get("reduction", "none") != "none":
+        raise NotUnderstood(f"reduction '{given['reduction']}': is over prompts and padding, too")
+    yield from compare(golden, {"kd": (loss, {"temperature": given["temperature"], **own(given)}, 1.0)})
 
 
 # jongwooko/distillm, and ghwang-s/abkd
@@ -125,7 +196,7 @@ def distillm(golden: Golden, *, made: Made, lam: float | None) -> Iterator[Pair]
 
 def abkd(golden: Golden) -> Iterator[Pair]:
     given = configuration(golden, known={"alpha", "beta"})
-    yield from compare(golden, {"kd": (ABKD, {**given, "constants": "authors"}, 1.0)}, noise=abkd_noise(given))
+    yield from compare(golden, {"kd": (ABKD, {"preset": "abkd@df81318", **given}, 1.0)}, noise=abkd_noise(given))
 
 
 def abkd_noise(given: Mapping[str, Any]) -> float:
@@ -138,7 +209,7 @@ def abkd_of_classifiers(golden: Golden) -> Iterator[Pair]:
     names = {"ab_alpha": "alpha", "ab_beta": "beta", "kd_T": "temperature", "T": "temperature", "tau": "temperature"}
     given = configuration(golden, known={*names, *names.values()})
     params = {names.get(key, key): value for key, value in given.items()}
-    yield from compare(golden, {"kd": (ABKD, {**params, "constants": "authors"}, 1.0)}, noise=abkd_noise(params))
+    yield from compare(golden, {"kd": (ABKD, {"preset": "abkd@df81318", **params}, 1.0)}, noise=abkd_noise(params))
 
 
 def abkd_akl(golden: Golden) -> Iterator[Pair]:
@@ -228,16 +299,15 @@ def _of_likeliest(golden: Golden, ids: Tensor, logarithms: bool) -> Tensor:
 
 COVERED: Mapping[str, Callable[[Golden], Iterator[Pair]]] = {
     **{
-        f"songmzhang/DSKD: VariousDivergence.compute_{theirs}_divergence": partial(dskd, loss=loss, **own)
-        for theirs, loss, own in (
-            ("forward_kl", ForwardKL, {}),
-            ("reverse_kl", ReverseKL, {}),
-            ("js", JS, {}),
-            ("skewed_forward_kl", SkewForwardKL, {"skew": "skew_lambda"}),
-            ("skewed_reverse_kl", SkewReverseKL, {"skew": "skew_lambda"}),
-            ("adaptive_kl", AdaptiveKL, {"head_mass": "adaptive_kl_alpha"}),
-        )
+        f"songmzhang/DSKD: VariousDivergence.compute_{divergence}_divergence": partial(dskd, divergence=divergence)
+        for divergence in DSKD
     },
+    "songmzhang/DSKD: VariousDivergence.forward": dskd_forward,
+    **{
+        f"songmzhang/KDFlow: compute_{name}_div": partial(kdflow, loss=loss, own=own)
+        for name, (loss, own) in KDFLOW.items()
+    },
+    "songmzhang/KDFlow: compute_tvd": partial(kdflow, loss=TotalVariation, own=lambda given: {}),
     **{
         f"{repository}: {function}": partial(distillm, made=made, lam=lam.get(repository))
         for function, (made, lam) in DISTILLM.items()

@@ -50,7 +50,7 @@ def dskd(golden: Golden, *, attention: bool) -> Iterator[Pair]:
         "adaptive_kl_alpha": "head_mass",
     }
     params = {ours: given[theirs] for theirs, ours in renamed.items() if theirs in given}
-    params |= {"divergence": DIVERGENCES[given["kd_objective"]], "std": "batch"}
+    params |= {"divergence": DIVERGENCES[given["kd_objective"]], "preset": "dskd@077337a"}
 
     def side(model: str) -> Recorded:
         prefix = f"{model}_" if attention else ""
@@ -82,7 +82,7 @@ def dskd(golden: Golden, *, attention: bool) -> Iterator[Pair]:
 
     rate = given["kd_rate"]
     total = run(rate, 1 - rate)
-    rows = total.rows
+    rows = total.tokens
     sums = {term: total.terms[f"kd/{term}"] * rows for term in DSKD_TERMS}
     yield from held(
         golden,

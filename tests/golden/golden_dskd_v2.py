@@ -11,8 +11,8 @@ import torch
 from golden_dskd import DIVERGENCES, component_gradients
 from golden_files import CHUNK_BYTES, Golden, NotUnderstood, Pair, configuration, held
 
-from kdzoo import Lexicon, Tokens
-from kdzoo.plugin.contracts import NoParams
+from kdzoo import Tokens, Vocabulary
+from kdzoo.api.plugin import NoParams
 from kdzoo.testing import Recorded, Replay, replay
 from kdzoo_aligners import ByBytes
 from kdzoo_cross_entropy import CrossEntropy
@@ -52,7 +52,7 @@ def params_of(given: dict[str, Any]) -> dict[str, Any]:
         "skew": given["skew_lambda"],
         "head_mass": given["adaptive_kl_alpha"],
         "spaces": spaces,
-        "mean": "batch",
+        "preset": "dskdv2@5025279",
         "threshold": given["t2s_agreement"],
         "start": "pseudo_inverse" if given["init_t2s_projector"] else "random",
         "student_to_teacher": "pseudo_inverse" if given["init_s2t_projector"] else "trained",
@@ -67,14 +67,14 @@ def dskd_v2(golden: Golden, *, exact_tokens: bool) -> Iterator[Pair]:
     given = found.get("args", found)
     params = params_of(given)
 
-    def side(model: str, lexicon: Lexicon | None = None) -> Recorded:
+    def side(model: str, lexicon: Vocabulary | None = None) -> Recorded:
         prefix = f"{model}_" if exact_tokens else ""
         return Recorded(
             golden[f"{prefix}label"],
             hidden=golden[f"{model}_hidden"],
             head=golden[f"{model}_lm_head"],
             input_ids=golden[f"{prefix}input_ids"],
-            lexicon=lexicon,
+            vocabulary=lexicon,
         )
 
     aligned: dict[str, Any] = {}
@@ -112,7 +112,7 @@ def dskd_v2(golden: Golden, *, exact_tokens: bool) -> Iterator[Pair]:
 
     rate = given["kd_rate"]
     total = run(rate, 1 - rate)
-    if "loss_denom" in golden and float(golden["loss_denom"].item()) != total.rows:
+    if "loss_denom" in golden and float(golden["loss_denom"].item()) != total.tokens:
         raise NotUnderstood("loss_denom: is that of a larger batch than the file's")
     everything = run(1.0, spaces="both")
     terms = {term: everything.terms[f"kd/{term}"] for term in TERMS}
@@ -124,7 +124,7 @@ def dskd_v2(golden: Golden, *, exact_tokens: bool) -> Iterator[Pair]:
         yield Pair(("t2s_weight",), everything.start["kd.teacher_to_student.weight"], golden.tensor("t2s_weight"))
     yield from held(golden, {f"comp_{name}": value for name, value in values.items()})
     yield from held(golden, {f"log_{name}": value for name, value in values.items()})
-    as_they_are = {"loss": total.loss.reshape(golden["loss"].shape), "loss_denom": torch.tensor(total.rows)}
+    as_they_are = {"loss": total.loss.reshape(golden["loss"].shape), "loss_denom": torch.tensor(total.tokens)}
     yield from held(golden, as_they_are | {"log_nll_loss": total.terms["ce/cross_entropy"]})
     names = {"student_hidden": "student_hidden", "student_head": "student_lm_head"}
     names |= {"kd.teacher_to_student.weight": "t2s_w", "kd.student_to_teacher.weight": "s2t_w"}
@@ -141,8 +141,8 @@ def dskd_v2(golden: Golden, *, exact_tokens: bool) -> Iterator[Pair]:
             yield from component_gradients(golden, prefix, ours_here)
 
 
-def lexicon_of(vocabulary: list[str]) -> Lexicon:
-    return Lexicon([piece.replace("Ġ", " ").replace("▁", " ") for piece in vocabulary], frozenset({0}), 0)
+def lexicon_of(vocabulary: list[str]) -> Vocabulary:
+    return Vocabulary([piece.replace("Ġ", " ").replace("▁", " ") for piece in vocabulary], frozenset({0}), 0)
 
 
 def exact_pairs(golden: Golden, b: int, ours: list[str], theirs: list[str]) -> list[tuple[int, int]]:

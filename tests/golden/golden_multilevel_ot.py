@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from golden_files import CHUNK_BYTES, Golden, NotUnderstood, Pair, configuration, held
 
@@ -12,19 +11,6 @@ from kdzoo_cross_entropy import CrossEntropy
 from kdzoo_multilevel_ot import MultiLevelOT
 
 BETA = 0.1  # of both further terms
-EVERY_RELEASE = {
-    "normalise": True,
-    "swap": True,
-    "second_softmax": True,
-    "iterations": 10,
-    "beta": BETA,
-    "gamma": BETA * 0.001,
-}
-RELEASES: dict[str, dict[str, Any]] = {
-    "712cfb4": {"matching": "rank_batch", "reduction": "padded"},
-    "d8d298f": {"matching": "sort", "reduction": "padded"},
-    "77e32ae": {"matching": "sort", "reduction": "padded_last"},
-}
 
 INERT = 1e4
 """The gradients of the two further terms are so small that the tolerance for zeros would let anything pass."""
@@ -33,12 +19,12 @@ INERT = 1e4
 def multilevel_ot(golden: Golden) -> Iterator[Pair]:
     ours = {"student_temperature", "teacher_temperature", "skip_student_eos", "skip_teacher_eos"}
     given = configuration(golden, known={"f", "distillation_weight", "crossentropy_weight", *ours})
-    commit = golden.meta["source"].partition("@")[2][:7]
-    if commit not in RELEASES:
-        raise NotUnderstood(f"commit '{commit}': known are {', '.join(RELEASES)}")
+    release = "2018cx@" + golden.meta["source"].partition("@")[2][:7]
+    if release not in MultiLevelOT.Params.presets:
+        raise NotUnderstood(f"'{release}': known are {', '.join(MultiLevelOT.Params.presets)}")
     if given["f"] != 1:
         raise NotUnderstood(f"f {given['f']}: no such matching here")
-    params = {key: value for key, value in given.items() if key in ours} | EVERY_RELEASE | RELEASES[commit]
+    params = {"preset": release} | {key: value for key, value in given.items() if key in ours}
 
     def run(cross_entropy: float, kd: float, only: tuple[str, ...] | None = None) -> Replay:
         return replay(

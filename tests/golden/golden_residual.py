@@ -43,8 +43,10 @@ def residual_stage_1(golden: Golden) -> Iterator[Pair]:
 
 def residual_stage_2(golden: Golden) -> Iterator[Pair]:
     settings = {"beta", "beta_gradient", "normalise", "attend", "wrong", "head_gradient", "state_gradient"}
-    params = configuration(golden, known={"lambda", *settings})
-    weight = params.pop("lambda")
+    params = configuration(golden, known={"lambda", "mask", *settings})
+    weight, mask = params.pop("lambda"), params.pop("mask", True)
+    if not mask:
+        params["indicator"] = "all"
     same = "student_tokens_to_chunks" not in golden
     weights = {"residual.low_to_student.weight": golden["p_as"]}
     if not same:
@@ -68,7 +70,7 @@ def residual_stage_2(golden: Golden) -> Iterator[Pair]:
             side("student"),
             side("teacher"),
             weights=weights,
-            artefacts={"projectors": {"teacher_to_low.weight": golden["p_ta"]}},
+            artifacts={"projectors": {"teacher_to_low.weight": golden["p_ta"]}},
             same_tokens=same,
             chunk_bytes=CHUNK_BYTES,
         )
@@ -78,7 +80,7 @@ def residual_stage_2(golden: Golden) -> Iterator[Pair]:
     if not same:
         names["residual.student_to_low.weight"] = "p_sa"
     alone = run(1.0, 0.0)
-    rows = alone.rows
+    rows = alone.tokens
     both = run(weight, 1 - weight)
     yield from held(
         golden,
@@ -90,7 +92,11 @@ def residual_stage_2(golden: Golden) -> Iterator[Pair]:
         },
     )
     scored = golden.tensor("student_label") != -100
-    yield Pair(("wrong",), ~alone.facts["residual"]["teacher.correct"], golden.tensor("wrong")[scored])
+    # Without a mask, the file's `wrong` is all of them.
+    wrong, share = golden.tensor("wrong")[scored], alone.watched["residual/residual_share"]
+    yield Pair(("wrong, watched",), share, wrong.double().mean())
+    if mask:
+        yield Pair(("wrong",), ~alone.facts["residual"]["teacher.correct"], wrong)
     yield Pair(("beta",), alone.watched["residual/beta"], golden.tensor("beta")[scored].mean())
     for ours, theirs in names.items():
         for found, prefix, factor in ((alone, "grad_residual_sum__", rows), (both, "grad_loss__", 1.0)):

@@ -50,7 +50,7 @@ def run(
 def original(golden: Golden) -> Iterator[Pair]:
     renamed = ("student_temperature", "teacher_temperature", "skip_student_eos", "skip_teacher_eos")
     given = configuration(golden, known={*renamed, "distillation_weight", "crossentropy_weight"})
-    params = {name: given[name] for name in renamed if name in given}
+    params = {"preset": "llm-recipes@ab6e798"} | {name: given[name] for name in renamed if name in given}
     uld, cross_entropy = given["distillation_weight"], given.get("crossentropy_weight", 1)
     alone, both = run(golden, params, uld=uld), run(golden, params, uld=uld, cross_entropy=cross_entropy)
     yield from held(
@@ -68,24 +68,24 @@ def original(golden: Golden) -> Iterator[Pair]:
 def dskd(golden: Golden) -> Iterator[Pair]:
     # The scripts pass a temperature, and the criterion does not read it.
     rate = configuration(golden, known={"kd_rate", "kd_temperature", "teacher_temperature"}).get("kd_rate", 0.5)
-    params = {"mean": "rows", "skip_student_eos": False, "skip_teacher_eos": False}
+    params = {"preset": "dskd@077337a"}
     alone = run(golden, params, convention="shifted")
     both = run(golden, params, uld=rate, cross_entropy=1 - rate, convention="shifted")
     yield from held(
         golden,
         {
-            "uld_sum": alone.loss * alone.rows,
-            "batch_denom": torch.tensor(alone.rows),
+            "uld_sum": alone.loss * alone.tokens,
+            "batch_denom": torch.tensor(alone.tokens),
             "loss": both.loss,
             "log_nll_loss": both.terms["ce/cross_entropy"],
             "log_uld_loss": both.terms["uld/uld"],
-            "grad_uld_sum_student_logits": alone.gradients["student_hidden"] * alone.rows,
+            "grad_uld_sum_student_logits": alone.gradients["student_hidden"] * alone.tokens,
             "grad_loss_student_logits": both.gradients["student_hidden"],
         },
     )
 
 
-STRATEGIES = {"observed": {"window": "late", "base": "first"}, "bayesian": {"window": "answer", "base": "last"}}
+STRATEGIES = {"observed": "trl@f2cd577", "bayesian": "trl@f2cd577, bayesian"}
 
 
 def gold(golden: Golden) -> Iterator[Pair]:
@@ -103,10 +103,12 @@ def gold(golden: Golden) -> Iterator[Pair]:
     given = configuration(golden, known={*renamed, *others})
     if given["uld_token_merge_strategy"] not in STRATEGIES:
         raise NotUnderstood(f"uld_token_merge_strategy '{given['uld_token_merge_strategy']}'")
-    params = {ours: given[theirs] for theirs, ours in renamed.items()} | STRATEGIES[given["uld_token_merge_strategy"]]
+    params = {ours: given[theirs] for theirs, ours in renamed.items()}
+    params["preset"] = STRATEGIES[given["uld_token_merge_strategy"]]
     if params["matched_weight"] is None:
         params["unmatched_weight"] = None  # without the one, theirs reads neither
-    params["align"] = "text" if given["use_extended_uld"] else "position"
+    if not given["use_extended_uld"]:
+        params["align"] = "position"
     chunks = spans(golden) if given["use_extended_uld"] else None
     weights = {"uld": given["uld_distillation_weight"], "cross_entropy": given["uld_crossentropy_weight"]}
     found = run(golden, params, **weights, chunks=chunks)

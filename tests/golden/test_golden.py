@@ -74,6 +74,9 @@ def test_padding_is_not_attended_to(changed):
         ("fkl_dskd_kt2", {"top_k": 3}),
         ("dskd_same_fkl_kt2", {"kd_objective": "hellinger"}),
         ("residual_same_a", {"configuration": {"beta": "sequence", "lambda": 0.5, "gate": True}}),
+        ("fkl_kdflow_T1", {"reduction": "mean"}),
+        ("vanillakd_fkl_dskd_forward", {"label_smoothing": 0.1}),
+        ("vanillakd_fkl_dskd_forward", {"kd_objective": "hellinger"}),
         ("fusion_expert_attention_10", {"configuration": {"fusion": "expert_maximum", "top_k": 2}}),
         ("fusion_expert_attention_10", {"configuration": {"fusion": "expert_attention", "top_k": 2, "scale": 1.0}}),
     ],
@@ -106,6 +109,14 @@ def test_a_configuration_that_is_not_understood_fails(changed, name, meta):
             )
         ),
         ("residual_same_a", {"configuration": {"beta": 1.5, "wrong": "by_bytes", "lambda": 0.5}}, "loss"),
+        ("residual_same_a", {"configuration": {"beta": "sequence", "mask": False, "lambda": 0.5}}, "loss"),
+        ("residual_same_no_mask_a", {"configuration": {"beta": "sequence", "mask": True, "lambda": 0.5}}, "loss"),
+        *(("js_kdflow_T1", changes, "loss_sum") for changes in ({"temperature": 2.0}, {"jsd_beta": 0.3})),
+        ("sfkl_kdflow_T1", {"skew_lambda": 0.4}, "loss_sum"),
+        *(
+            ("vanillakd_fkl_dskd_forward", changes, "loss")
+            for changes in ({"kd_rate": 0.6}, {"kd_temperature": 1.0}, {"kd_objective": "skewed_reverse_kl"})
+        ),
         ("fusion_expert_attention_10", {"configuration": {"fusion": "expert_attention", "top_k": 3}}, "fused"),
         ("fusion_expert_attention_10", {"configuration": {"fusion": "router_weighted", "top_k": 2}}, "fused"),
     ],
@@ -136,6 +147,7 @@ def test_every_setting_reaches_the_plugin(changed, name, meta, differs):
         ),
         ("residual_same_a", {"beta": "sequence", "lambda": 0.5, "beta_gradient": True}, "grad_residual_sum__student_h"),
         ("residual_cross_a", {"beta": "sequence", "lambda": 0.5, "attend": "response"}, None),
+        ("residual_cross_a", {"beta": "sequence", "lambda": 0.5, "mask": True}, None),
     ],
 )
 def test_every_parameter_of_the_formulas_is_known(changed, name, settings, differs):
@@ -149,6 +161,7 @@ def test_every_parameter_of_the_formulas_is_known(changed, name, settings, diffe
 
 def test_a_teacher_temperature_counts_only_where_the_authors_use_it(changed):
     check(changed("fkl_dskd_kt2", meta={"teacher_temperature": 2.0}))
+    check(changed("vanillakd_fkl_dskd_forward", meta={"teacher_temperature": 2.0}))
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,84 @@ def test_every_setting_of_dskds_divergences_is_reproduced(fabricate, name, chang
     check(fabricate("songmzhang/DSKD@077337a", function, given, of_sum(formula)))
 
 
+OBJECTIVES = {name.replace("js", "js_divergence"): name for name in DSKD}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"kd_rate": 0.3},
+        {"kd_temperature": 1.0},
+        {"teacher_temperature": 1.5, "use_tea_temp": True},  # which it does not pass on
+        {"skew_lambda": 0.4},
+        {"adaptive_kl_alpha": 0.8},
+        {"batch_denom": 20.0},
+    ],
+    ids=str,
+)
+def test_every_objective_of_dskds_forward_is_reproduced_beside_the_cross_entropy(fabricate, objective, changes):
+    given = DSKD_DEFAULTS | {"kd_objective": objective, "kd_rate": 0.5, "batch_denom": float(MASK.sum())} | changes
+    formula = tempered(
+        DSKD[OBJECTIVES[objective]](given["skew_lambda"], given["adaptive_kl_alpha"]), given["kd_temperature"]
+    )
+    z, y = logits()
+    nll = -z.log_softmax(-1)[MASK].gather(-1, LABEL[MASK][:, None]).sum()
+    kd, denom, rate = formula(z, y)[MASK].sum(), given.pop("batch_denom"), given["kd_rate"]
+    loss = ((1 - rate) * nll + rate * kd) / denom
+    outputs = {
+        "loss": loss,
+        "log_loss": loss,
+        "log_nll_loss": nll / denom,
+        "log_kd_loss": kd / denom,
+        "log_accuracy": (z.argmax(-1) == LABEL).sum() / denom,
+        "batch_denom": torch.tensor(denom),
+        "grad_student_logits": torch.autograd.grad(loss, z)[0],
+    }
+    check(fabricate("songmzhang/DSKD@077337a", "VariousDivergence.forward", given, outputs))
+
+
+# songmzhang/KDFlow
+
+
+def kdflows_js(beta: float) -> Formula:
+    def value(q: Tensor, p: Tensor) -> Tensor:
+        m = beta * q + (1 - beta) * p
+        return beta * kl(q, m) + (1 - beta) * kl(p, m)
+
+    return value
+
+
+KDFLOW: dict[str, Callable[[dict[str, float]], Formula]] = {
+    "compute_kl_div": lambda given: lambda q, p: kl(p, q),
+    "compute_reverse_kl_div": lambda given: lambda q, p: kl(q, p),
+    "compute_js_div": lambda given: kdflows_js(given["jsd_beta"]),
+    "compute_skewed_kl_div": lambda given: (
+        lambda q, p: kl(p, given["skew_lambda"] * p + (1 - given["skew_lambda"]) * q)
+    ),
+    "compute_skewed_rkl_div": lambda given: (
+        lambda q, p: kl(q, given["skew_lambda"] * q + (1 - given["skew_lambda"]) * p)
+    ),
+    "compute_adaptive_kl_div": lambda given: lambda q, p: adaptive(q, p, given["adaptive_kl_alpha"]),
+    "compute_tvd": lambda given: lambda q, p: 0.5 * (p - q).abs().sum(-1),
+}
+KDFLOW_DEFAULTS = {"temperature": 1.0, "skew_lambda": 0.1, "jsd_beta": 0.5, "adaptive_kl_alpha": 0.5}
+
+
+@pytest.mark.parametrize("function", KDFLOW)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"temperature": 2.0}, {"skew_lambda": 0.4}, {"jsd_beta": 0.2}, {"adaptive_kl_alpha": 0.8}],
+    ids=str,
+)
+def test_every_setting_of_kdflows_divergences_is_reproduced(fabricate, function, changes):
+    given = KDFLOW_DEFAULTS | changes
+    formula = tempered(KDFLOW[function](given), given["temperature"])
+    check(fabricate("songmzhang/KDFlow@3a7a21a", function, given, of_sum(formula)))
+    check(fabricate("songmzhang/KDFlow@3a7a21a", function, changes, of_sum(formula)))  # the others are their defaults
+
+
 # jongwooko/distillm, and ghwang-s/abkd
 
 
