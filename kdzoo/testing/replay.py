@@ -5,24 +5,28 @@ This is how a plugin proves that it is the method its authors published.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from functools import wraps
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from kdzoo.api.batch import Batch, Side
+from kdzoo.api.head import HEAD_WEIGHT, Head
+from kdzoo.api.loss import Loss, Needs, Visited
+from kdzoo.api.models import AbsentModel, ModelInfo, ModelPair, Role, Vocabulary
+from kdzoo.api.plugin import Params
+from kdzoo.api.terms import Terms
 from kdzoo.errors import KdzooError, did_you_mean
-from kdzoo.plugin.contracts import Lexicon, Loss, ModelFacts, Models, Needs, Params
-from kdzoo.step.batch import Batch, Side
-from kdzoo.step.chunk import Chunk
-from kdzoo.step.distiller import Distiller, prepare, set_up, survey
-from kdzoo.step.head import HEAD_WEIGHT, Head
+from kdzoo.step.chunks import CHUNK_BYTES
+from kdzoo.step.distiller import Distiller, start_from_heads, start_from_statistics, statistics
+from kdzoo.step.inputs import PassInputs
+from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report
-from kdzoo.step.terms import Terms
-from kdzoo.step.vocabulary import CHUNK_BYTES, Call, Slot
 
 
 @dataclass(frozen=True)
@@ -40,10 +44,10 @@ class Recorded:
     input_ids: Any = None  # [B, T]
     chunks: Any = None
     """[B, T, spans] bool: which aligned span each scored position belongs to, at most one. Default: none with two
-    tokenizers, one per row with one."""
+    tokenizers, one per token with one."""
     attention_mask: Any = None
     """[B, T], 1 on real tokens. Default: all are."""
-    lexicon: Lexicon | None = None
+    vocabulary: Vocabulary | None = None
 
 
 @dataclass
@@ -52,14 +56,14 @@ class Replay:
 
     loss: Tensor
     terms: dict[str, Tensor]
-    """`<slot>/<term>`, divided by its count (rows, teacher rows, pairs, spans or sequences), not weighted."""
+    """`<slot>/<term>`, divided by its count (tokens, teacher tokens, pairs, spans or sequences), not weighted."""
     watched: dict[str, Tensor]
     """`<slot>/<name>`, the mean; not a number where nothing was counted."""
     facts: dict[str, Mapping[str, Tensor]]
-    """Slot -> the teacher's facts, on student rows where there is a student."""
+    """Slot -> the teacher's facts, on student tokens where there is a student."""
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    rows: float = 0.0
-    """The student rows that terms are divided by: term x rows is the sum."""
+    tokens: float = 0.0
+    """The student tokens that terms are divided by: term x tokens is the sum."""
     start: dict[str, Tensor] = field(default_factory=dict)
     """`<slot>.<parameter>`: what the losses themselves began with, before `weights`."""
 
@@ -70,7 +74,7 @@ def replay(
     teacher: Recorded | None,
     *,
     weights: Mapping[str, Any] | None = None,
-    artefacts: Mapping[str, Mapping[str, Any]] | None = None,
+    artifacts: Mapping[str, Mapping[str, Any]] | None = None,
     same_tokens: bool,
     pairs: Any = None,
     student_ids: Any = None,
@@ -80,46 +84,48 @@ def replay(
     """Run `losses` (slot -> class, params, weight) on recorded tensors, in their own precision.
 
     `weights` sets the trainable parameters by name (`dskd.query.weight`): all of them, so that none is left to
-    chance. `artefacts` holds the tensors of the stages that the losses name in their needs. `pairs` [P, 2] are the
-    aligned rows (student row, teacher row), counted over the scored positions, and `student_ids` [W] the student's
-    token for each of the teacher's, -1 for none; by default everything is its own partner where there is one tokenizer,
-    and nothing has one where there are two. `only` keeps these terms (`<slot>/<term>`) and drops the others, for
-    recordings of single components. What does not fit together is a `KdzooError` of one line.
+    chance. `artifacts` holds the tensors of the stages that the losses name in their needs. `pairs` [P, 2] are the
+    aligned tokens (the student's, the teacher's), counted over the scored positions, and `student_ids` [W] the
+    student's token for each of the teacher's, -1 for none; by default everything is its own partner where there is
+    one tokenizer, and nothing has one where there are two. `only` keeps these terms (`<slot>/<term>`) and drops the
+    others, for recordings of single components. What does not fit together is a `KdzooError` of one line.
     """
-    recorded = {name: side for name, side in (("student", student), ("teacher", teacher)) if side is not None}
+    sides: dict[Role, Recorded | None] = {"student": student, "teacher": teacher}
+    recorded = {role: side for role, side in sides.items() if side is not None}
     if not recorded:
         raise KdzooError("replay: no model is recorded; give the student, the teacher or both")
-    tensors = {name: _Tensors(name, side, trains=name == "student") for name, side in recorded.items()}
+    tensors = {role: _Tensors(role, side, trains=role == "student") for role, side in recorded.items()}
     dtype = next(iter(tensors.values())).hidden.dtype
     batch = _batch({name: found.side for name, found in tensors.items()}, same_tokens, pairs)
-    models = Models(
-        **{name: tensors[name].facts if name in tensors else None for name in ("student", "teacher")},
-        same_tokens=same_tokens,
-        student_ids=_student_ids(student_ids, tensors, same_tokens) if len(tensors) == 2 else None,
+    pair = ModelPair(
+        tensors["student"].info if "student" in tensors else AbsentModel("student"),
+        tensors["teacher"].info if "teacher" in tensors else AbsentModel("teacher"),
+        same_tokens,
+        _student_ids(student_ids, tensors, same_tokens) if len(tensors) == 2 else None,
     )
     states = {
         stage: {name: torch.as_tensor(value).to(dtype) for name, value in state.items()}
-        for stage, state in (artefacts or {}).items()
+        for stage, state in (artifacts or {}).items()
     }
-    slots = []
+    terms = []
     for slot, (loss, given, _) in losses.items():
         params = valid_params(f"replay: the params of '{slot}'", loss, given)
         needs = loss.needs(params, same_tokens)
         _check(slot, needs, tensors, states, same_tokens)
         kept = loss if only is None else _with_only(loss, slot, only)
-        with default_dtype(dtype):  # so that frozen artefacts keep the recording's precision
-            slots.append(Slot(slot, kept(params, models, states), needs))
-    distiller = Distiller(None, None, slots, chunk_bytes=chunk_bytes)
-    of_student = tensors["student"].sites(slots) if "student" in tensors else {}
-    of_teacher = {k: v.detach() for k, v in tensors["teacher"].sites(slots).items()} if "teacher" in tensors else {}
-    heads = {name: Head(found.head) for name, found in tensors.items()}
-    prepare(slots, survey(slots, batch, of_teacher))
-    set_up(slots, heads)
+        with default_dtype(dtype):  # so that frozen artifacts keep the recording's precision
+            terms.append(LossTerm.of(slot, kept(params, pair, states)))
+    distiller = Distiller(None, None, None, terms, chunk_bytes=chunk_bytes)
+    of_student = tensors["student"].sites(terms) if "student" in tensors else {}
+    of_teacher = {k: v.detach() for k, v in tensors["teacher"].sites(terms).items()} if "teacher" in tensors else {}
+    heads: dict[Role, Head] = {name: Head(found.head) for name, found in tensors.items()}
+    start_from_statistics(terms, statistics(terms, batch, of_teacher))
+    start_from_heads(terms, heads)
     start = {name: parameter.detach().clone() for name, parameter in _trainable(distiller).items()}
     _set_weights(distiller, weights or {}, dtype)
 
     report = Report()
-    call = Call(
+    inputs = PassInputs(
         batch,
         of_student,
         of_teacher,
@@ -127,10 +133,10 @@ def replay(
         {name: weight for name, (_, _, weight) in losses.items()},
         report,
     )
-    loss_value = distiller.score(call)
+    loss_value = distiller.score(inputs)
     measured = Report()
     with torch.no_grad():  # as a trained stage is measured: with the visits that only watch
-        distiller.score(replace(call, report=measured, facts={}, row_names=[]))
+        distiller.score(replace(inputs, report=measured, steps={}, value_names=[]))
     for term in only or ():
         if term not in report.terms:
             raise KdzooError(f"replay: no loss has a term '{term}'; leave `only` out to see all in `terms`")
@@ -138,8 +144,8 @@ def replay(
         loss_value.detach(),
         report.terms,
         {name: total / count for name, (total, count) in measured.watched.items()},
-        call.facts,
-        rows=batch.counts["rows"],
+        {name: step.facts for name, step in inputs.steps.items()},
+        tokens=batch.counts["tokens"],
         start=start,
     )
     if loss_value.requires_grad:
@@ -154,7 +160,7 @@ def replay(
 class _Tensors:
     """Recorded arrays of one model as leaves, and its packed rows."""
 
-    def __init__(self, model: str, recorded: Recorded, trains: bool) -> None:
+    def __init__(self, model: Role, recorded: Recorded, trains: bool) -> None:
         self.model = model
         labels = torch.as_tensor(recorded.labels)
         if recorded.convention == "unshifted":
@@ -184,18 +190,18 @@ class _Tensors:
         self.side = Side(
             input_ids=ids,
             attention_mask=torch.ones_like(ids) if recorded.attention_mask is None else _mask(recorded.attention_mask),
-            rows=position,
+            positions=position,
             labels=labels.flatten()[position].long(),
             inputs=ids.flatten()[position],
             sample=position // labels.shape[1],
             span=_spans(recorded.chunks, position),
         )
-        self.facts = ModelFacts(states.shape[-1], self.head.shape[0], 1, "recorded", recorded.lexicon)
+        self.info = ModelInfo(states.shape[-1], self.head.shape[0], 1, "recorded", recorded.vocabulary)
 
-    def sites(self, slots: list[Slot]) -> dict[str, Tensor]:
-        wanted = {"hidden.last"}.union(*(getattr(slot.needs, self.model) for slot in slots)) - {HEAD_WEIGHT}
+    def sites(self, terms: list[LossTerm]) -> dict[str, Tensor]:
+        wanted = {"hidden.last"}.union(*(_sites(term.needs, self.model) for term in terms)) - {HEAD_WEIGHT}
         every = self.hidden.flatten(0, 1)
-        found = {"hidden.last": every[self.side.rows], "hidden.last@all": every}
+        found = {"hidden.last": every[self.side.positions], "hidden.last@all": every}
         if self.embed is not None:
             found["embed.target"] = self.embed[self.side.labels]
             found["embed.zero"] = self.embed[:1]
@@ -210,7 +216,7 @@ def _batch(sides: Mapping[str, Side], same_tokens: bool, recorded: Any) -> Batch
     student, teacher = sides.get("student"), sides.get("teacher")
     if same_tokens and student is not None and teacher is not None and len(student) != len(teacher):
         raise KdzooError(
-            f"replay: same_tokens, but the student scores {len(student)} rows and the teacher {len(teacher)}"
+            f"replay: same_tokens, but the student scores {len(student)} tokens and the teacher {len(teacher)}"
         )
     rows = len(next(iter(sides.values()))) if same_tokens else 0
     if same_tokens and student is not None and teacher is not None and (student.span < 0).all():
@@ -222,7 +228,7 @@ def _batch(sides: Mapping[str, Side], same_tokens: bool, recorded: Any) -> Batch
     return replace(batch, counts=batch.local_counts())
 
 
-def _student_ids(recorded: Any, tensors: Mapping[str, _Tensors], same_tokens: bool) -> Tensor:
+def _student_ids(recorded: Any, tensors: Mapping[Role, _Tensors], same_tokens: bool) -> Tensor:
     if recorded is not None:
         return torch.as_tensor(recorded).long()
     entries = torch.arange(len(tensors["teacher"].head))
@@ -241,37 +247,43 @@ def valid_params(address: str, loss: type[Loss], given: Mapping[str, Any]) -> Pa
 def _check(
     slot: str,
     needs: Needs,
-    tensors: Mapping[str, _Tensors],
-    artefacts: Mapping[str, Mapping[str, Tensor]],
+    tensors: Mapping[Role, _Tensors],
+    artifacts: Mapping[str, Mapping[str, Tensor]],
     same_tokens: bool,
 ) -> None:
     """That the recording holds what the loss reads."""
     if needs.tokenizers == "same" and not same_tokens:
-        raise KdzooError(f"replay: '{slot}' compares rows of one tokenizer; it needs same_tokens=True")
-    for model in ("student", "teacher"):
-        if getattr(needs, model) and model not in tensors:
+        raise KdzooError(f"replay: '{slot}' compares tokens of one tokenizer; it needs same_tokens=True")
+    for model in get_args(Role):
+        if _sites(needs, model) and model not in tensors:
             raise KdzooError(f"replay: '{slot}' reads the {model}, which is not recorded")
-        if needs.lexicons and model in tensors and tensors[model].facts.lexicon is None:
-            raise KdzooError(f"replay: '{slot}' reads what the {model}'s vocabulary says, and no lexicon is recorded")
-    for stage in needs.artefacts.keys() - artefacts.keys():
-        raise KdzooError(f"replay: '{slot}' needs the tensors of the stage '{stage}'; give them as artefacts")
+        if needs.vocabularies and model in tensors and tensors[model].info.known_vocabulary is None:
+            raise KdzooError(f"replay: '{slot}' reads what the {model}'s vocabulary says, and none is recorded")
+    for stage in needs.artifacts.keys() - artifacts.keys():
+        raise KdzooError(f"replay: '{slot}' needs the tensors of the stage '{stage}'; give them as artifacts")
+
+
+def _sites(needs: Needs, model: Role) -> frozenset[str]:
+    return needs.student if model == "student" else needs.teacher
 
 
 def _with_only(loss: type[Loss], slot: str, only: Collection[str]) -> type[Loss]:
     """`loss` without the terms that `only` does not name."""
 
-    def kept(terms: Terms) -> Terms:
-        return Terms({name: s for name, s in terms.sums.items() if f"{slot}/{name}" in only}, terms.watched)
+    def kept(found: Visited) -> Visited:
+        if not isinstance(found, Terms):
+            return found
+        return Terms({name: value for name, value in found.values.items() if f"{slot}/{name}" in only}, found.watched)
 
-    class Only(loss):  # type: ignore[misc, valid-type]
-        def over_vocab(self, visit: str, chunk: Chunk) -> Terms | Mapping[str, Tensor]:
-            found = super().over_vocab(visit, chunk)
-            return kept(found) if isinstance(found, Terms) else found
+    def keeping(function: Callable[..., Visited]) -> Callable[..., Visited]:
+        @wraps(function)
+        def method(*args: Any, **seen: Any) -> Visited:
+            return kept(function(*args, **seen))
 
-        def combine(self, *args: Any) -> Terms:
-            return kept(super().combine(*args))
+        return method
 
-    return Only
+    visits = {method.function.__name__: method.calling(keeping(method.function)) for method in loss.visit_methods()}
+    return type(loss.__name__, (loss,), {**visits, "finish": keeping(loss.finish)})
 
 
 @contextmanager

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from kdzoo.api.batch import Batch, Side
 from kdzoo.quiet import quiet
-from kdzoo.step.batch import Batch, Side
 
 LLAMA: dict[str, Any] = {
     "hidden_size": 48,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdzoo import Batch, Chunk, Loss, Models, Needs, Terms, View, Visit, hookimpl, ops
+from kdzoo import Logits, Loss, Needs, Step, Stream, Terms, View, hookimpl, ops, visit
 
 
 class Broken(Loss):
@@ -18,62 +16,49 @@ class Broken(Loss):
     formula = "none"
 
     @classmethod
-    def needs(cls, params: Any, same_tokens: bool) -> Needs:
-        return Needs(visits=(Visit("tokens", ("student", "teacher")),), tokenizers="same")
+    def needs(cls, params, same_tokens):
+        return Needs(tokenizers="same")
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms | Mapping[str, Tensor]:
-        return Terms().add("kl", ops.forward_kl(chunk.logprobs("teacher"), chunk.logprobs("student")).sum())
+    @visit
+    def tokens(self, student: Logits, teacher: Logits) -> Terms:
+        return Terms().add("kl", ops.forward_kl(teacher.logprobs(), student.logprobs()))
 
 
-class OfStates(Broken):
+class OfStates(Loss):
     """The square of the student's states, before it is broken."""
 
+    paper = "none"
+    formula = "none"
+
     @classmethod
-    def needs(cls, params: Any, same_tokens: bool) -> Needs:
-        return Needs(student=frozenset({"hidden.last"}))
+    def needs(cls, params, same_tokens):
+        return Needs(student=frozenset({"hidden.last"}), tokenizers="same")
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
-        raise NotImplementedError
-
-    def combine(
-        self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor], rows: Mapping[str, Tensor]
-    ) -> Terms:
-        return Terms().add("square", self.of_states(student))
+    def finish(self, step: Step) -> Terms:
+        return Terms().add("square", self.of_states(step.student))
 
     def of_states(self, student: View) -> Tensor:
-        return student["hidden.last"].square().mean(-1).sum()
+        return student["hidden.last"].square().mean(-1)
 
 
-class NotFinite(OfStates):
-    """Divides by how many rows there are."""
+class WithLinear(OfStates):
+    """Of projected states."""
 
-    name = "not_finite"
+    def build(self, student, teacher, artifacts):
+        self.project = nn.Linear(student.width, 8)
 
     def of_states(self, student: View) -> Tensor:
-        return student["hidden.last"].square().mean()
+        return self.project(student["hidden.last"]).square().mean(-1)
 
 
-class Unread(Broken):
-    """Declares a site that it does not read."""
-
-    name = "unread"
-
-    @classmethod
-    def needs(cls, params: Any, same_tokens: bool) -> Needs:
-        return Needs(
-            student=frozenset({"hidden.0"}), visits=(Visit("tokens", ("student", "teacher")),), tokenizers="same"
-        )
+# What is declared.
 
 
-class UnreadStage(Broken):
-    """Has a stage trained whose module it does not take."""
+class NoFormula(Broken):
+    """Says no formula."""
 
-    name = "unread_stage"
-
-    @classmethod
-    def needs(cls, params: Any, same_tokens: bool) -> Needs:
-        visits = (Visit("tokens", ("student", "teacher")),)
-        return Needs(visits=visits, tokenizers="same", artefacts={"projectors": {}})
+    name = "no_formula"
+    formula = ""
 
 
 class Undeclared(OfStates):
@@ -82,7 +67,75 @@ class Undeclared(OfStates):
     name = "undeclared"
 
     def of_states(self, student: View) -> Tensor:
-        return student["hidden.0"].square().mean(-1).sum()
+        return student["hidden.0"].square().mean(-1)
+
+
+class Misspelt(Broken):
+    """Sees a stream that nobody makes."""
+
+    name = "misspelt"
+
+    @visit
+    def tokens(self, studnet: Logits, teacher: Logits) -> Terms:
+        return Terms().add("kl", ops.forward_kl(teacher.logprobs(), studnet.logprobs()))
+
+
+class MisspeltEach(OfStates):
+    """Sees each of two streams, one of which it makes under another name."""
+
+    name = "misspelt_each"
+
+    def streams(self, step: Step):
+        hidden = step.student["hidden.last"]
+        return {
+            "once": Stream(hidden, "student", beside="student"),
+            "twice": Stream(2 * hidden, "student", beside="student"),
+        }
+
+    @visit(each=("once", "twcie"))
+    def each(self, seen: Logits) -> Terms:
+        return Terms().add(seen.stream, ops.cross_entropy(seen.logprobs(), seen.labels))
+
+
+class BareParameter(OfStates):
+    """Has a parameter of its own: on several ranks each would hold an empty part of it."""
+
+    name = "bare_parameter"
+
+    def build(self, student, teacher, artifacts):
+        self.scale = nn.Parameter(torch.ones(student.width))
+
+    def of_states(self, student: View) -> Tensor:
+        return (student["hidden.last"] * self.scale).square().mean(-1)
+
+
+class NotCalled(WithLinear):
+    """Uses the weight of a module that it never calls: nobody gathers it."""
+
+    name = "not_called"
+
+    def of_states(self, student: View) -> Tensor:
+        return F.linear(student["hidden.last"], self.project.weight, self.project.bias).square().mean(-1)
+
+
+class Unread(Broken):
+    """Declares a site that it does not read."""
+
+    name = "unread"
+
+    @classmethod
+    def needs(cls, params, same_tokens):
+        return Needs(student=frozenset({"hidden.0"}), tokenizers="same")
+
+
+class UnreadStage(Broken):
+    """Has a stage trained whose module it does not take."""
+
+    name = "unread_stage"
+
+    @classmethod
+    def needs(cls, params, same_tokens):
+        return Needs(tokenizers="same", artifacts={"projectors": {}})
 
 
 class NotAligned(Broken):
@@ -91,28 +144,78 @@ class NotAligned(Broken):
     name = "not_aligned"
 
     @classmethod
-    def needs(cls, params: Any, same_tokens: bool) -> Needs:
-        return Needs(visits=(Visit("tokens", ("student", "teacher")),))
+    def needs(cls, params, same_tokens):
+        return Needs()
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
-        apart = chunk.logits("student")[:, :5] - chunk.logits("teacher")[:, :5]
-        return Terms().add("apart", apart.square().sum(), per="pairs")
+    @visit
+    def tokens(self, student: Logits, teacher: Logits) -> Terms:
+        return Terms().add("apart", (student.logits[:, :5] - teacher.logits[:, :5]).square(), per="pairs")
 
 
-class WithLinear(OfStates):
-    """Of projected states."""
+class ColumnByColumn(Broken):
+    """Compares two vocabularies column by column."""
 
-    def __init__(self, params: Any, models: Models, artefacts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        super().__init__(params, models, artefacts)
-        assert models.student is not None
-        self.project = nn.Linear(models.student.width, 8)
+    name = "column_by_column"
+
+    @classmethod
+    def needs(cls, params, same_tokens):
+        return Needs(aligned=not same_tokens)
+
+    @visit
+    def tokens(self, student: Logits, teacher: Logits) -> Terms:
+        p, q = teacher.logprobs(), student.logprobs()
+        return Terms().add("kl", ops.forward_kl(p, q), per="pairs")
+
+
+# What trains.
+
+
+class NothingLearns(Broken):
+    """Cuts the student off."""
+
+    name = "nothing_learns"
+
+    @visit
+    def tokens(self, student: Logits, teacher: Logits) -> Terms:
+        return Terms().add("kl", ops.forward_kl(teacher.logprobs(), student.logprobs().detach()))
+
+
+class OnlyItsOwn(WithLinear):
+    """Sees the student's prediction, cuts it off, and trains a module of its own."""
+
+    name = "only_its_own"
 
     def of_states(self, student: View) -> Tensor:
-        return self.project(student["hidden.last"]).square().mean(-1).sum()
+        return self.project(student["hidden.last"].detach()).square().mean(-1)
+
+    @visit
+    def tokens(self, student: Logits) -> Terms:
+        return Terms().add("nll", ops.cross_entropy(student.logprobs().detach(), student.labels))
+
+
+class OncePerSequence(WithLinear):
+    """Calls its module once per sequence, of which ranks have different numbers."""
+
+    name = "once_per_sequence"
+
+    def of_states(self, student: View) -> Tensor:
+        states = student["hidden.last"]
+        parts = [self.project(states[student.sample == b]) for b in range(student.side.sequences)]
+        return torch.cat(parts).square().mean(-1)
+
+
+class Unused(WithLinear):
+    """Has a module whose result it throws away."""
+
+    name = "unused"
+
+    def of_states(self, student: View) -> Tensor:
+        self.project(student["hidden.last"])
+        return student["hidden.last"].square().mean(-1)
 
 
 class SkipsEmpty(WithLinear):
-    """Branches around its module where there are no rows."""
+    """Branches around its module where there are no tokens."""
 
     name = "skips_empty"
 
@@ -120,87 +223,14 @@ class SkipsEmpty(WithLinear):
         return super().of_states(student) if len(student) else torch.zeros(())
 
 
-class Unused(WithLinear):
-    """Has a module that it never uses."""
-
-    name = "unused"
-
-    def of_states(self, student: View) -> Tensor:
-        return student["hidden.last"].square().mean(-1).sum()
-
-
-class MeanOfChunk(Broken):
-    """Returns the mean of a chunk where a sum is wanted."""
-
-    name = "mean_of_chunk"
-
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
-        return Terms().add("kl", ops.forward_kl(chunk.logprobs("teacher"), chunk.logprobs("student")).mean())
-
-
-class SeesPadding(OfStates):
-    """Reads every position, padding too."""
-
-    name = "sees_padding"
-
-    @classmethod
-    def needs(cls, params: Any, same_tokens: bool) -> Needs:
-        return Needs(student=frozenset({"hidden.last@all"}))
-
-    def of_states(self, student: View) -> Tensor:
-        return student["hidden.last@all"].square().mean(-1).sum()
-
-
-class Normalised(OfStates):
-    """Divides by the spread of the whole batch, and does not say that it couples."""
-
-    name = "normalised"
-
-    def of_states(self, student: View) -> Tensor:
-        states = student["hidden.last"]
-        return (states / (1 + states.detach().square().sum())).mean(-1).sum()
-
-
-class ByPlace(OfStates):
-    """Weighs a sequence by its place in the batch."""
-
-    name = "by_place"
-
-    def of_states(self, student: View) -> Tensor:
-        return (student["hidden.last"].square().mean(-1) * (student.sample % 2)).sum()
-
-
-class SaysCoupled(Broken):
-    """Declares a coupling that it has not."""
-
-    name = "says_coupled"
-
-    @classmethod
-    def needs(cls, params: Any, same_tokens: bool) -> Needs:
-        return Needs(visits=(Visit("tokens", ("student", "teacher")),), tokenizers="same", batch_coupled=True)
-
-
-class NoDivergence(Broken):
-    """Calls a cross-entropy a divergence: the teacher's entropy stays in."""
-
-    name = "no_divergence"
-
-    @classmethod
-    def needs(cls, params: Any, same_tokens: bool) -> Needs:
-        return Needs(visits=(Visit("tokens", ("student", "teacher")),), tokenizers="same", divergence=True)
-
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
-        return Terms().add("ce", -(chunk.logprobs("teacher").exp() * chunk.logprobs("student")).sum())
-
-
-class _WrongSquare(torch.autograd.Function):
+class WrongSquare(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx, x):
         ctx.save_for_backward(x)
         return x.square()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx, gradient):
         (x,) = ctx.saved_tensors
         return x * gradient
 
@@ -211,7 +241,55 @@ class WrongGradient(OfStates):
     name = "wrong_gradient"
 
     def of_states(self, student: View) -> Tensor:
-        return _WrongSquare.apply(student["hidden.last"]).mean(-1).sum()
+        return WrongSquare.apply(student["hidden.last"]).mean(-1)
+
+
+# What is not a number.
+
+
+class NotFinite(Broken):
+    """Takes the logarithm of a probability without what it may not keep."""
+
+    name = "not_finite"
+
+    @visit
+    def tokens(self, student: Logits, teacher: Logits) -> Terms:
+        gap = (student.logprobs().exp() - teacher.logprobs().exp()).log()
+        return Terms().add("gap", gap)
+
+
+class MeanOfTokens(OfStates):
+    """Divides by how many tokens there are."""
+
+    name = "mean_of_tokens"
+
+    def of_states(self, student: View) -> Tensor:
+        return student["hidden.last"].square().mean()
+
+
+class NoDivergence(Broken):
+    """Calls a cross-entropy a divergence: the teacher's entropy stays in."""
+
+    name = "no_divergence"
+
+    @classmethod
+    def needs(cls, params, same_tokens):
+        return Needs(tokenizers="same", divergence=True)
+
+    @visit
+    def tokens(self, student: Logits, teacher: Logits) -> Terms:
+        return Terms().add("ce", -(teacher.logprobs().exp() * student.logprobs()).sum(-1))
+
+
+class NotANumberAtEquality(NoDivergence):
+    """Divides by the distance, which is 0 where both models say the same."""
+
+    name = "not_a_number_at_equality"
+
+    @visit
+    def tokens(self, student: Logits, teacher: Logits) -> Terms:
+        apart = (student.logprobs() - teacher.logprobs()).square().sum(-1)
+        return Terms().add("apart", apart.square() / apart)
 
 
 class HalfPrecision(Broken):
@@ -220,36 +298,153 @@ class HalfPrecision(Broken):
     name = "half_precision"
 
     @classmethod
-    def needs(cls, params: Any, same_tokens: bool) -> Needs:
-        return Needs(
-            student=frozenset({"hidden.last"}),
-            visits=(Visit("tokens", ("student", "teacher"), kind="rows"),),
-            tokenizers="same",
-        )
+    def needs(cls, params, same_tokens):
+        return Needs(student=frozenset({"hidden.last"}), tokenizers="same")
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Mapping[str, Tensor]:
-        log_p, log_q = chunk.logprobs("teacher"), chunk.logprobs("student")
+    @visit(kind="tokens")
+    def tokens(self, student: Logits, teacher: Logits) -> dict[str, Tensor]:
+        log_p, log_q = teacher.logprobs(), student.logprobs()
         return {"own": (log_p.exp() * log_p).sum(-1), "cross": (log_p.exp() * log_q).sum(-1)}
 
-    def combine(
-        self, batch: Batch, student: View, teacher: View, facts: Mapping[str, Tensor], rows: Mapping[str, Tensor]
-    ) -> Terms:
-        dtype = student["hidden.last"].dtype
-        return Terms().add("kl", rows["tokens.own"].sum().to(dtype) - rows["tokens.cross"].sum().to(dtype))
+    def finish(self, step: Step) -> Terms:
+        dtype = step.student["hidden.last"].dtype
+        own, cross = step.values["tokens.own"], step.values["tokens.cross"]
+        return Terms().add("kl", own.sum().to(dtype) - cross.sum().to(dtype))
 
 
-class ColumnByColumn(Broken):
-    """Compares two vocabularies column by column."""
+# What others see.
 
-    name = "column_by_column"
+
+class EditsLogits(Broken):
+    """Clamps the teacher's logits in place, which its neighbours see too."""
+
+    name = "edits_logits"
+
+    @visit
+    def tokens(self, student: Logits, teacher: Logits) -> Terms:
+        return Terms().add("logit", (student.logits - teacher.logits.clamp_(max=0)).square().mean(-1))
+
+
+class EditsLogprobs(Broken):
+    """Turns the teacher's shared log-probabilities into probabilities, behind autograd's back."""
+
+    name = "edits_logprobs"
+
+    @visit
+    def tokens(self, student: Logits, teacher: Logits) -> Terms:
+        p = teacher.logprobs().data.exp_()
+        return Terms().add("ce", -(p * student.logprobs()).sum(-1))
+
+
+class EditsStates(OfStates):
+    """Changes the teacher's states, which its neighbours read too."""
+
+    name = "edits_states"
 
     @classmethod
-    def needs(cls, params: Any, same_tokens: bool) -> Needs:
-        return Needs(visits=(Visit("tokens", ("student", "teacher")),), aligned=not same_tokens)
+    def needs(cls, params, same_tokens):
+        return Needs(student=frozenset({"hidden.last"}), teacher=frozenset({"hidden.last"}), tokenizers="same")
 
-    def over_vocab(self, visit: str, chunk: Chunk) -> Terms:
-        p, q = chunk.logprobs("teacher"), chunk.logprobs("student")
-        return Terms().add("kl", ops.forward_kl(p, q).sum(), per="pairs")
+    def finish(self, step: Step) -> Terms:
+        width = step.student["hidden.last"].shape[-1]
+        target = step.teacher["hidden.last"][:, :width].tanh_()
+        return Terms().add("apart", (step.student["hidden.last"] - target).square().mean(-1))
+
+
+# What the split of a batch changes.
+
+
+class MeanOfChunk(Broken):
+    """Returns the mean of a chunk where values are wanted."""
+
+    name = "mean_of_chunk"
+
+    @visit
+    def tokens(self, student: Logits, teacher: Logits) -> Terms:
+        kl = ops.forward_kl(teacher.logprobs(), student.logprobs())
+        return Terms().add("kl", kl.sum() / max(1, len(kl)))
+
+
+class MeanOfBatch(OfStates):
+    """Returns the mean of a batch where values are wanted."""
+
+    name = "mean_of_batch"
+
+    def of_states(self, student: View) -> Tensor:
+        return super().of_states(student).sum() / max(1, len(student))
+
+
+class DividesTwice(OfStates):
+    """Divides by a count of the step, as the core does."""
+
+    name = "divides_twice"
+
+    def finish(self, step: Step) -> Terms:
+        return Terms().add("square", self.of_states(step.student) / max(step.batch.counts["tokens"], 1.0))
+
+
+class PerSequence(Broken):
+    """Divides a sum over tokens by sequences, so that long responses count more."""
+
+    name = "per_sequence"
+
+    @visit
+    def tokens(self, student: Logits, teacher: Logits) -> Terms:
+        return Terms().add("kl", ops.forward_kl(teacher.logprobs(), student.logprobs()), per="sequences")
+
+
+class MeanPerToken(OfStates):
+    """Divides means of sequences by tokens."""
+
+    name = "mean_per_token"
+
+    def of_states(self, student: View) -> Tensor:
+        return super().of_states(student) / student.sample.bincount()[student.sample]
+
+
+class SeesPadding(OfStates):
+    """Reads every position, padding too."""
+
+    name = "sees_padding"
+
+    @classmethod
+    def needs(cls, params, same_tokens):
+        return Needs(student=frozenset({"hidden.last@all"}), tokenizers="same")
+
+    def of_states(self, student: View) -> Tensor:
+        return student["hidden.last@all"].square().mean(-1)
+
+
+class Normalised(OfStates):
+    """Divides by the spread of the whole batch, and does not say that it couples."""
+
+    name = "normalised"
+
+    def of_states(self, student: View) -> Tensor:
+        states = student["hidden.last"]
+        return (states / (1 + states.detach().square().sum())).mean(-1)
+
+
+class ByPlace(OfStates):
+    """Weighs a sequence by its place in the batch."""
+
+    name = "by_place"
+
+    def of_states(self, student: View) -> Tensor:
+        return student["hidden.last"].square().mean(-1) * (student.sample % 2)
+
+
+class SaysCoupled(Broken):
+    """Declares a coupling that it has not."""
+
+    name = "says_coupled"
+
+    @classmethod
+    def needs(cls, params, same_tokens):
+        return Needs(tokenizers="same", batch_coupled=True)
+
+
+# What a checkpoint keeps.
 
 
 class Forgets(OfStates):
@@ -257,13 +452,40 @@ class Forgets(OfStates):
 
     name = "forgets"
 
-    def __init__(self, params: Any, models: Models, artefacts: Mapping[str, Mapping[str, Tensor]]) -> None:
-        super().__init__(params, models, artefacts)
+    def build(self, student, teacher, artifacts):
         self.calls = 0
 
     def of_states(self, student: View) -> Tensor:
         self.calls = min(self.calls + 1, 3)
         return super().of_states(student) * self.calls
+
+
+class ForgetsAfterSteps(OfStates):
+    """Follows its own loss with a plain attribute, which no checkpoint keeps."""
+
+    name = "forgets_after_steps"
+
+    def build(self, student, teacher, artifacts):
+        self.mean = 0.0
+
+    def after_step(self, terms):
+        self.mean = 0.9 * self.mean + 0.1 * terms["square"]
+
+
+class MovesWithinSteps(OfStates):
+    """Moves a buffer with every micro-batch, of which ranks and settings have different numbers."""
+
+    name = "moves_within_steps"
+
+    def build(self, student, teacher, artifacts):
+        self.register_buffer("seen", torch.zeros(()))
+
+    def of_states(self, student: View) -> Tensor:
+        self.seen += len(student)
+        return super().of_states(student)
+
+
+# What only several ranks show.
 
 
 class OnTheFirstRank(OfStates):
@@ -276,41 +498,61 @@ class OnTheFirstRank(OfStates):
         return super().of_states(student) * (0.0 if elsewhere else 1.0)
 
 
-class OncePerSequence(WithLinear):
-    """Calls its module once per sequence, of which ranks have different numbers."""
+class OftenOnTheFirstRank(WithLinear):
+    """Calls its module more often on the first rank."""
 
-    name = "once_per_sequence"
+    name = "often_on_the_first_rank"
 
     def of_states(self, student: View) -> Tensor:
-        states = student["hidden.last"]
-        parts = [self.project(states[student.sample == b]) for b in range(student.side.sequences)]
-        return torch.cat(parts).square().mean(-1).sum()
+        elsewhere = torch.distributed.is_initialized() and torch.distributed.get_rank() > 0
+        projected = [self.project(student["hidden.last"]) for _ in range(2 if elsewhere else 3)]
+        return projected[-1].square().mean(-1)
 
 
 BROKEN = (
-    NotFinite,
+    NoFormula,
+    Undeclared,
+    Misspelt,
+    MisspeltEach,
+    BareParameter,
+    NotCalled,
     Unread,
     UnreadStage,
-    Undeclared,
     NotAligned,
-    SkipsEmpty,
+    ColumnByColumn,
+    NothingLearns,
+    OnlyItsOwn,
     Unused,
+    SkipsEmpty,
+    WrongGradient,
+    NotFinite,
+    MeanOfTokens,
+    NoDivergence,
+    NotANumberAtEquality,
+    HalfPrecision,
+    EditsLogits,
+    EditsLogprobs,
+    EditsStates,
     MeanOfChunk,
+    MeanOfBatch,
+    DividesTwice,
+    PerSequence,
+    MeanPerToken,
     SeesPadding,
     Normalised,
     ByPlace,
     SaysCoupled,
-    NoDivergence,
-    WrongGradient,
-    HalfPrecision,
-    ColumnByColumn,
     Forgets,
-    OnTheFirstRank,
+    ForgetsAfterSteps,
+    MovesWithinSteps,
     OncePerSequence,
+    OnTheFirstRank,
+    OftenOnTheFirstRank,
 )
 
 
 @hookimpl
-def register_losses(register):  # type: ignore[no-untyped-def]
+def register_plugins(register):
     for loss in BROKEN:
-        register(loss)
+        if loss.declared_fault() is None:
+            register(loss)

@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from broken import (
     BROKEN,
+    BareParameter,
     ByPlace,
     ColumnByColumn,
+    DividesTwice,
+    EditsLogits,
+    EditsLogprobs,
+    EditsStates,
     Forgets,
+    ForgetsAfterSteps,
     HalfPrecision,
+    MeanOfBatch,
     MeanOfChunk,
+    MeanOfTokens,
+    MeanPerToken,
+    Misspelt,
+    MisspeltEach,
+    MovesWithinSteps,
     NoDivergence,
+    NoFormula,
     Normalised,
     NotAligned,
+    NotANumberAtEquality,
+    NotCalled,
     NotFinite,
+    NothingLearns,
+    OftenOnTheFirstRank,
     OncePerSequence,
+    OnlyItsOwn,
     OnTheFirstRank,
+    PerSequence,
     SaysCoupled,
     SeesPadding,
     SkipsEmpty,
@@ -32,37 +52,62 @@ from broken import (
 from kdzoo.cli import main
 from kdzoo.errors import KdzooError
 from kdzoo.testing import check_loss, conformance
-from kdzoo.testing.promises import CHECKS, RANKS
-from kdzoo.testing.promises.world import Subject, World, rearranged
+from kdzoo.testing.promises import CHECKS, RANKS, Result
+from kdzoo.testing.promises.rearrange import rearranged, repeated
+from kdzoo.testing.promises.world import Subject, World
 from kdzoo_cross_entropy import CrossEntropy
 from kdzoo_divergences import ForwardKL
 
 FOUND = {
-    NotFinite: {"finite", "split"},
+    NoFormula: {"declarations"},
+    Undeclared: {"declarations"},
+    Misspelt: {"declarations"},
+    ColumnByColumn: {"tokenizers"},
+    NotFinite: {"finite"},
+    MisspeltEach: {"needs"},
     Unread: {"needs"},
     UnreadStage: {"needs"},
     NotAligned: {"needs"},
-    SkipsEmpty: {"gradients"},
+    BareParameter: {"modules"},
+    NotCalled: {"modules"},
+    OncePerSequence: {"modules"},
+    SkipsEmpty: {"empty", "modules"},
+    NothingLearns: {"gradients"},
+    OnlyItsOwn: {"gradients"},
     Unused: {"gradients"},
-    MeanOfChunk: {"chunks", "finite", "split"},
+    EditsLogits: {"neighbours"},
+    EditsLogprobs: {"neighbours"},
+    EditsStates: {"neighbours", "derivative"},
+    MeanOfChunk: {"chunks", "split", "counts"},
+    MeanOfTokens: {"empty", "split", "counts"},
+    MeanOfBatch: {"split", "counts"},
+    DividesTwice: {"counts"},
+    PerSequence: {"counts"},
+    MeanPerToken: {"counts"},
     SeesPadding: {"padding"},
-    Normalised: {"split"},
+    Normalised: {"split", "counts"},
     ByPlace: {"order", "split"},
     SaysCoupled: {"coupling"},
     NoDivergence: {"divergence"},
+    NotANumberAtEquality: {"divergence"},
     WrongGradient: {"derivative"},
     HalfPrecision: {"bf16"},
-    ColumnByColumn: {"tokenizers"},
     Forgets: {"state"},
-    Undeclared: {"needs", "tokenizers"},
+    ForgetsAfterSteps: {"state"},
+    MovesWithinSteps: {"state"},
     OnTheFirstRank: {"ranks"},
-    OncePerSequence: {"ranks"},
+    OftenOnTheFirstRank: {"ranks"},
 }
 """Every broken loss, and the checks that it cannot pass."""
 
 
-def faults(loss, ranks=False):
-    return {r.check: r.fault for r in conformance(loss, ranks=ranks) if r.fault and not r.fault.startswith("not tried")}
+@cache
+def results(loss) -> dict[str, Result]:
+    return {result.check: result for result in conformance(loss, ranks=False)}
+
+
+def faults(loss) -> dict[str, str]:
+    return {check: result.reason for check, result in results(loss).items() if result.status == "failed"}
 
 
 @pytest.mark.parametrize("loss", [loss for loss in FOUND if FOUND[loss] != {"ranks"}], ids=lambda loss: loss.name)
@@ -75,13 +120,14 @@ def test_each_broken_loss_is_caught_by_its_check_and_by_no_other(loss):
     ("loss", "fault"),
     [
         (OnTheFirstRank, "two ranks of ZeRO-3 are not one process: the loss is "),
-        (OncePerSequence, "call every module equally often on each rank"),
+        (OftenOnTheFirstRank, "call every module equally often on each rank"),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_what_only_several_ranks_show_is_caught_on_them(loss, fault):
-    found = faults(loss, ranks=True)
-    assert found.keys() == {"ranks"} and fault in found["ranks"]
+    assert faults(loss) == {}
+    *_, found = conformance(loss)
+    assert found.check == "ranks" and found.status == "failed" and fault in found.reason
 
 
 def test_every_check_has_a_loss_that_it_catches():
@@ -92,12 +138,28 @@ def test_every_check_has_a_loss_that_it_catches():
 @pytest.mark.parametrize(
     ("loss", "check", "advice"),
     [
-        (SkipsEmpty, "gradients", "run every module also on 0 rows, never branch around one"),
+        (NoFormula, "declarations", "the class has no 'formula'; give it a line of text"),
+        (Undeclared, "declarations", "reads the site 'hidden.0' that its needs do not declare, did you mean 'hidden."),
+        (Misspelt, "declarations", "sees a stream 'studnet' that 'streams' does not make, did you mean 'student'?"),
+        (MisspeltEach, "needs", "the stream 'twice' is in no visit"),
         (Unread, "needs", "the student's site 'hidden.0' is declared and not read; take it out of 'needs'"),
-        (Undeclared, "needs", "reads the site 'hidden.0' that its needs do not declare, did you mean 'hidden.last'?"),
         (NotAligned, "needs", "say 'aligned=True' in 'needs' (two tokenizers)"),
         (ColumnByColumn, "tokenizers", "mend it for two tokenizers, or say tokenizers='same' in 'needs'"),
-        (MeanOfChunk, "chunks", "return sums over rows, and name 'per'"),
+        (SkipsEmpty, "empty", "run every module also on 0 tokens, never branch around one"),
+        (BareParameter, "modules", "the parameter 'scale' is the loss's own"),
+        (NotCalled, "modules", "the module 'project' is never called"),
+        (OncePerSequence, "modules", "called 1 times on a rank without tokens and 4 times elsewhere"),
+        (NothingLearns, "gradients", "no part of the student gets a gradient"),
+        (EditsLogits, "neighbours", "the logits of 'teacher' in 'tokens' is changed in place"),
+        (EditsLogprobs, "neighbours", "the log-probabilities of 'teacher' in 'tokens' is changed in place"),
+        (EditsStates, "neighbours", "the teacher's site 'hidden.last' is changed in place"),
+        (MeanOfChunk, "chunks", "return values of tokens, and name 'per'"),
+        (DividesTwice, "counts", "where every sequence is there twice"),
+        (PerSequence, "counts", "is divided by sequences, and grows with the length of responses"),
+        (MeanPerToken, "counts", "is divided by tokens, and does not grow with the length of responses"),
+        (NotANumberAtEquality, "divergence", "the loss is nan where both models say the same"),
+        (ForgetsAfterSteps, "state", "'after_step' changes 'mean', which no checkpoint keeps"),
+        (MovesWithinSteps, "state", "the buffer 'seen' moves with every micro-batch; move it in 'after_step'"),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -105,11 +167,27 @@ def test_a_failure_says_what_to_do(loss, check, advice):
     assert advice in faults(loss)[check]
 
 
-def test_an_exception_is_told_once_with_its_line():
-    results = {result.check: result.fault for result in conformance(Undeclared, ranks=False)}
-    assert results["finite"] == "not tried; mend 'tokenizers' first" or "'needs'" in results["finite"]
+@pytest.mark.parametrize(
+    ("loss", "check"),
+    [(Undeclared, "declarations"), (NotFinite, "finite")],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_what_all_other_checks_would_repeat_is_told_once_and_they_are_skipped(loss, check):
+    found = results(loss)
+    names = list(found)
+    after = names[names.index(check) + 1 :]
+    assert {found[name].status for name in after} == {"skipped"}
+    assert {found[name].reason for name in after} == {f"mend '{check}' first"}
+
+
+def test_ranks_are_not_started_for_what_one_process_shows():
+    *_, ranks = conformance(SkipsEmpty)
+    assert (ranks.check, ranks.status, ranks.reason) == ("ranks", "skipped", "mend 'empty' first")
+
+
+def test_an_exception_is_told_with_its_line():
     lines = Path(__file__).with_name("broken.py").read_text().splitlines()
-    place = next(n for n, line in enumerate(lines, 1) if "ops.forward_kl(p, q).sum(), per" in line)
+    place = next(n for n, line in enumerate(lines, 1) if 'ops.forward_kl(p, q), per="pairs"' in line)
     assert f"(broken.py:{place})" in faults(ColumnByColumn)["tokenizers"]
 
 
@@ -128,17 +206,18 @@ def test_the_command_checks_a_loss_by_name(capsys):
     assert main(["check", "forward_kl", "--set", "temperature=2", "--no-ranks"]) == 0
     out = capsys.readouterr().out
     assert out.startswith('forward_kl with {"temperature": 2}\n')
-    assert out.count("  ok  ") == len(CHECKS) and "FAILED" not in out
+    assert out.count("\n  ok  ") == len(CHECKS) and "FAILED" not in out
 
 
 def test_the_command_checks_every_loss_of_a_file_and_fails_if_one_does(capsys, tmp_path):
     file = tmp_path / "mine.py"
     broken = Path(__file__).with_name("broken.py").read_text()
-    file.write_text(broken.replace("for loss in BROKEN:", "for loss in (Unread, SeesPadding):"))
+    file.write_text(broken.replace("for loss in BROKEN:", "for loss in (Undeclared, SeesPadding):"))
     assert main(["check", str(file), "--no-ranks"]) == 1
     out = capsys.readouterr().out
-    assert "unread\n" in out and "sees_padding\n" in out and out.count("FAILED") == 2
-    assert "\n          padding changes something: " in out
+    assert "undeclared\n" in out and "sees_padding\n" in out and out.count("FAILED") == 2
+    assert out.count("\n  skipped  ") == out.count("\n           mend 'declarations' first\n") == len(CHECKS) - 1
+    assert "\n           padding changes something: " in out
 
 
 @pytest.mark.parametrize(
@@ -162,7 +241,7 @@ def test_a_batch_in_its_own_order_is_the_batch():
     batch = world.batch()
     again = rearranged(batch, range(4))
     for side, other in ((batch.student, again.student), (batch.teacher, again.teacher)):
-        for name in ("input_ids", "attention_mask", "rows", "labels", "inputs", "sample", "span"):
+        for name in ("input_ids", "attention_mask", "positions", "labels", "inputs", "sample", "span"):
             torch.testing.assert_close(getattr(other, name), getattr(side, name), msg=name)
     torch.testing.assert_close(again.pairs, batch.pairs)
 
@@ -170,5 +249,25 @@ def test_a_batch_in_its_own_order_is_the_batch():
 def test_the_same_seed_is_the_same_world():
     subject = Subject.of(ForwardKL)
     worlds = [World(subject, True), World(subject, True)]
-    first, second = (world.run([world.slot()], world.batch()) for world in worlds)
+    first, second = (world.run([world.term()], world.batch()) for world in worlds)
     assert first.difference(second, tolerance=0.0) == ""
+
+
+@pytest.mark.parametrize("same_tokens", [True, False], ids=["one tokenizer", "two tokenizers"])
+def test_a_repeated_batch_keeps_each_tokens_text_pair_and_span(same_tokens):
+    batch = World(Subject.of(CrossEntropy), same_tokens).batch()
+    assert batch.student is not None and batch.teacher is not None
+    for longer in (False, True):
+        again, made = repeated(batch, 3, longer)
+        assert again.counts == {per: n * (1 if longer and per == "sequences" else 3) for per, n in batch.counts.items()}
+        for model, side, other in (
+            ("student", batch.student, again.student),
+            ("teacher", batch.teacher, again.teacher),
+        ):
+            assert other is not None and (other.positions[1:] > other.positions[:-1]).all()
+            assert (other.sample[1:] >= other.sample[:-1]).all()
+            torch.testing.assert_close(other.labels, side.labels[made[model].tokens])
+            torch.testing.assert_close(made[model].positions[other.positions], side.positions[made[model].tokens])
+            assert sorted(other.span.bincount()) == sorted(side.span.bincount().tile(3))
+        first = torch.stack([made[m].tokens[again.pairs[:, n]] for n, m in enumerate(("student", "teacher"))], -1)
+        assert {tuple(pair) for pair in first.tolist()} == {tuple(pair) for pair in batch.pairs.tolist()}

@@ -45,7 +45,7 @@ def test_states_and_head():
     loss.backward()
     found = replay(SFT, STUDENT, None, same_tokens=True)
     assert found.loss.dtype == torch.float64
-    assert found.rows == 4
+    assert found.tokens == 4
     torch.testing.assert_close(found.loss, loss.detach())
     torch.testing.assert_close(found.terms, {"sft/cross_entropy": loss.detach()})
     assert found.gradients.keys() == {"student_hidden", "student_head"}
@@ -107,7 +107,7 @@ def test_facts_come_out():
         STUDENT,
         TEACHER,
         weights={"residual.low_to_student.weight": GENERATOR.normal(size=(5, 3))},
-        artefacts={"projectors": low},
+        artifacts={"projectors": low},
         same_tokens=True,
     )
     correct = (teacher == torch.as_tensor(LABELS))[torch.as_tensor(LABELS) != -100]
@@ -182,14 +182,14 @@ def changed(**weights: Any) -> dict[str, Any]:
             STUDENT,
             TEACHER,
             {"same_tokens": False},
-            "'kl' compares rows of one tokenizer; it needs same_tokens=True",
+            "'kl' compares tokens of one tokenizer; it needs same_tokens=True",
         ),
         (
             {"kl": (ForwardKL, {}, 1.0)},
             STUDENT,
             Recorded(np.where(LABELS == 0, -100, LABELS), hidden=TEACHER_HIDDEN, head=TEACHER_HEAD),
             {},
-            "same_tokens, but the student scores 4 rows and the teacher 3",
+            "same_tokens, but the student scores 4 tokens and the teacher 3",
         ),
         (
             {"kl": (ForwardKL, {"temprature": 2.0}, 1.0)},
@@ -203,7 +203,7 @@ def changed(**weights: Any) -> dict[str, Any]:
             STUDENT,
             TEACHER,
             {},
-            "'residual' needs the tensors of the stage 'projectors'; give them as artefacts",
+            "'residual' needs the tensors of the stage 'projectors'; give them as artifacts",
         ),
         (
             SFT,

@@ -7,13 +7,13 @@ import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.multiprocessing import ProcessExitedException
 
+from kdzoo.api.loss import Loss
 from kdzoo.errors import KdzooError
-from kdzoo.plugin.contracts import Loss
 from kdzoo.testing.promises.checks import CHECKS, Check
 from kdzoo.testing.promises.ranks import two_ranks
 from kdzoo.testing.promises.world import Subject, World
@@ -25,81 +25,110 @@ RANKS = "ranks", "two ranks of ZeRO-3 are one process"
 
 @dataclass(frozen=True)
 class Result:
-    """One promise of a loss, and why it is not kept; nothing where it is."""
+    """One promise of a loss."""
 
     check: str
     promise: str
-    fault: str
+    status: Literal["ok", "failed", "skipped"] = "ok"
+    reason: str = ""
+    """What is wrong and what to do, or why it was not tried."""
 
 
 def conformance(
     loss: type[Loss],
     params: Mapping[str, Any] | None = None,
     *,
-    artefacts: Mapping[str, Mapping[str, Tensor]] | None = None,
+    artifacts: Mapping[str, Mapping[str, Tensor]] | None = None,
     ranks: bool = True,
 ) -> Iterator[Result]:
     """Every check of `loss` with `params`, as it ends.
 
-    `artefacts` are the tensors of the stages that it names in its needs; by default, what the loss of that name begins
+    `artifacts` are the tensors of the stages that it names in its needs; by default, what the loss of that name begins
     with. `ranks`: also on two ranks of ZeRO-3, which takes half a minute. Parameters that the loss does not have are a
     `KdzooError`.
     """
-    return _results(Subject(loss, valid_params(loss.name, loss, params or {}), artefacts or {}), ranks)
+    return _results(Subject(loss, valid_params(loss.name, loss, params or {}), artifacts or {}), ranks)
 
 
 def _results(subject: Subject, ranks: bool) -> Iterator[Result]:
-    shut = {True: "", False: ""}  # with one tokenizer, with two: the check that shut it
-    failed: list[str] = []
+    tried = _Tried(subject)
     for check in CHECKS:
-        fault = _fault(check, subject, shut)
-        failed += [check.name] if fault else []
-        yield Result(check.name, check.promise, fault)
+        yield tried.result(check)
     if ranks:
         # What stalls the ranks, or fails anywhere, is known by now: processes would only say it less clearly.
-        known = next((name for name in ("needs", "tokenizers", "finite", "gradients") if name in failed), None)
-        yield Result(*RANKS, f"not tried; mend '{known}' first" if known else _rank_fault(subject))
+        known = next((name for name in BEFORE_RANKS if name in tried.failed), None)
+        if known is not None:
+            yield Result(*RANKS, "skipped", _mend(known))
+        elif fault := _rank_fault(subject):
+            yield Result(*RANKS, "failed", fault)
+        else:
+            yield Result(*RANKS)
+
+
+BEFORE_RANKS = ("declarations", "tokenizers", "finite", "empty", "modules", "gradients")
+
+
+def _mend(check: str) -> str:
+    return f"mend '{check}' first"
 
 
 def check_loss(
     loss: type[Loss],
     params: Mapping[str, Any] | None = None,
     *,
-    artefacts: Mapping[str, Mapping[str, Tensor]] | None = None,
+    artifacts: Mapping[str, Mapping[str, Tensor]] | None = None,
     ranks: bool = True,
 ) -> None:
     """Raise an `AssertionError` that names every promise which `loss` does not keep, with what to do.
 
     The arguments are those of `conformance`.
     """
-    results = conformance(loss, params, artefacts=artefacts, ranks=ranks)
-    faults = [f"{result.check}: {result.fault}" for result in results if result.fault]
+    results = conformance(loss, params, artifacts=artifacts, ranks=ranks)
+    faults = [f"{result.check}: {result.reason}" for result in results if result.status == "failed"]
     if faults:
         raise AssertionError("\n".join([f"'{loss.name}' does not keep what a loss promises:", *faults]))
 
 
-def _fault(check: Check, subject: Subject, shut: dict[bool, str]) -> str:
-    """What is wrong, in either world; worlds that cannot be tried are `shut`."""
-    for same_tokens in {"each": (True, False), "same": (True,), "two": (False,)}[check.worlds]:
-        if shut[same_tokens]:
-            if all(shut.values()):
-                return f"not tried; mend '{shut[same_tokens]}' first"
-            continue
+class _Tried:
+    """The checks of one subject, one after the other, in its two worlds."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.failed: list[str] = []
+        self._worlds: dict[bool, World | None] = {}
+        self._shut: dict[bool, str] = {}
+        """With one tokenizer (True), with two: the check whose finding the others would only repeat."""
+
+    def result(self, check: Check) -> Result:
+        worlds = {"each": (True, False), "same": (True,), "two": (False,)}[check.worlds]
+        open_worlds = [same for same in worlds if same not in self._shut]
+        if not open_worlds:
+            return Result(check.name, check.promise, "skipped", _mend(self._shut[worlds[0]]))
+        for same_tokens in open_worlds:
+            if fault := self._fault(check, same_tokens):
+                self.failed.append(check.name)
+                if check.blocks:
+                    self._shut |= dict.fromkeys((True, False) if same_tokens else (False,), check.name)
+                where = "one tokenizer" if same_tokens else "two tokenizers"
+                return Result(check.name, check.promise, "failed", f"{fault} ({where})")
+        return Result(check.name, check.promise)
+
+    def _fault(self, check: Check, same_tokens: bool) -> str:
         try:
-            if not same_tokens and not subject.fits_two_tokenizers:
-                continue
-            world = World(subject, same_tokens)
-            fault = "" if check.unless_coupled and world.needs.batch_coupled else check.fault(world)
+            world = self._world(same_tokens)
+            return "" if world is None or (check.unless_coupled and world.needs.batch_coupled) else check.fault(world)
+        except KdzooError as error:
+            return str(error)
         except Exception as error:
-            fault = str(error) if isinstance(error, KdzooError) else _in_one_line(error, subject.loss)
-            if not same_tokens and not isinstance(error, KdzooError):
-                fault += "; mend it for two tokenizers, or say tokenizers='same' in 'needs'"
-            if check.blocks:
-                shut[same_tokens] = check.name
-                shut[False] = check.name if same_tokens else shut[False]
-        if fault:
-            return f"{fault} ({'one tokenizer' if same_tokens else 'two tokenizers'})"
-    return ""
+            fault = _in_one_line(error, self.subject.loss)
+            return fault if same_tokens else f"{fault}; mend it for two tokenizers, or say tokenizers='same' in 'needs'"
+
+    def _world(self, same_tokens: bool) -> World | None:
+        """None where the loss refuses two tokenizers."""
+        if same_tokens not in self._worlds:
+            fits = same_tokens or self.subject.fits_two_tokenizers
+            self._worlds[same_tokens] = World(self.subject, same_tokens) if fits else None
+        return self._worlds[same_tokens]
 
 
 def _rank_fault(subject: Subject) -> str:

@@ -7,6 +7,7 @@ import inspect
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdzoo.api.batch import Batch
+from kdzoo.api.head import Head
+from kdzoo.api.loss import Loss
+from kdzoo.api.models import Role
 from kdzoo.errors import KdzooError
-from kdzoo.plugin.contracts import Loss
 from kdzoo.quiet import quiet
-from kdzoo.step.batch import Batch
-from kdzoo.testing.promises.world import SLOT, Outcome, Subject, World, rearranged
+from kdzoo.testing.promises.rearrange import rearranged
+from kdzoo.testing.promises.world import SLOT, Outcome, Subject, World
 from kdzoo.testing.ranks import on_ranks
 
 RANKS = 2
@@ -35,7 +39,7 @@ class _Task:
     file: str
     name: str
     params: dict[str, Any]
-    artefacts: Mapping[str, Mapping[str, Tensor]]
+    artifacts: Mapping[str, Mapping[str, Tensor]]
     same_tokens: bool
 
     @classmethod
@@ -44,7 +48,7 @@ class _Task:
         if "<locals>" in loss.__qualname__:
             raise KdzooError(f"the class '{loss.__name__}' is made inside a function; ranks need it at a file's top")
         params = subject.params.model_dump()
-        return cls(inspect.getfile(loss), loss.__qualname__, params, subject.artefacts, same_tokens)
+        return cls(inspect.getfile(loss), loss.__qualname__, params, subject.artifacts, same_tokens)
 
     def world(self) -> World:
         name = f"kdzoo_checked_{Path(self.file).stem}"
@@ -54,7 +58,7 @@ class _Task:
             sys.modules[name] = module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         loss: type[Loss] = getattr(sys.modules[name], self.name)
-        return World(Subject.of(loss, self.params, self.artefacts), self.same_tokens)
+        return World(Subject.of(loss, self.params, self.artifacts), self.same_tokens)
 
 
 def two_ranks(subjects: Sequence[tuple[Subject, bool]]) -> list[str]:
@@ -67,7 +71,7 @@ def two_ranks(subjects: Sequence[tuple[Subject, bool]]) -> list[str]:
             world = task.world()
             with quiet():
                 for model, name in ((world.student, "student"), (world.teacher, "teacher")):
-                    model.float().save_pretrained(Path(place) / f"{number}" / name)  # type: ignore[operator]
+                    deepcopy(model).float().save_pretrained(Path(place) / f"{number}" / name)  # type: ignore[operator]
         seconds = SECONDS + SECONDS_EACH * len(tasks)
         found = on_ranks(RANKS, Path(place) / "ranks", _train, Path(place), tasks, seconds=seconds)
     faults = []
@@ -88,7 +92,7 @@ def _terms_of(expected: Outcome, found: Outcome) -> Outcome:
 
 def _expected(world: World) -> Outcome:
     """One process, all sequences at once."""
-    return world.run([world.slot()], world.batch())
+    return world.run([world.term()], world.batch())
 
 
 def _micro_batches(world: World) -> list[Batch]:
@@ -110,7 +114,7 @@ def _step(folder: Path, world: World) -> Outcome:
     from kdzoo.engine.loading import load_model
     from kdzoo.engine.student import StudentEngine, build_distiller, whole_gradient
     from kdzoo.recipe.model import LossSlot, Stage
-    from kdzoo.step.distiller import set_up
+    from kdzoo.step.distiller import start_from_heads
     from kdzoo.testing.promises.world import registry
 
     device = torch.device("cpu")
@@ -122,19 +126,21 @@ def _step(folder: Path, world: World) -> Outcome:
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
     }
-    anatomies = registry().anatomies
-    teacher = FrozenModel(folder / "teacher", anatomies, "fp32", config, device)
-    student, anatomy = None, None
-    slot = world.slot()
-    slot.loss.float()
+    model_adapters = registry().model_adapters
+    teacher = FrozenModel(folder / "teacher", model_adapters, "fp32", config, device)
+    student, model_adapter = None, None
+    term = world.term()
+    term.loss.float()
     if world.has_student:
-        student, anatomy = load_model(folder / "student", "fp32", config, device), world.anatomies[0]
-    heads = {"teacher": teacher.head} | ({} if student is None else {"student": world.anatomies[0].head(student)})
-    set_up([slot], heads, gather)
-    distiller = build_distiller(student, anatomy, [slot])
+        student, model_adapter = load_model(folder / "student", "fp32", config, device), world.model_adapters[0]
+    heads: dict[Role, Head] = {"teacher": teacher.head}
+    if student is not None:
+        heads["student"] = world.model_adapters[0].head(student)
+    start_from_heads([term], heads, gather)
+    distiller = build_distiller(student, model_adapter, heads.get("student"), [term])
     stage = Stage(steps=1, lr=1e-3, weight_decay=0.0, schedule="constant", clip=0.0, gradients_every=None)
     losses = {SLOT: LossSlot(use=world.subject.loss.name, weight=1.0)}
-    engine = StudentEngine(distiller, teacher, stage, losses, 1, config, device)
+    engine = StudentEngine(distiller, teacher, teacher.head, stage, losses, 1, config, device)
     gradients: dict[str, Tensor | None] = {}
     take_step = engine.engine.step
 

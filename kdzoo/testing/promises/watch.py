@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kdzoo.plugin.contracts import Lexicon, Models
-from kdzoo.step.chunk import Chunk
-from kdzoo.step.head import HEAD_WEIGHT
-from kdzoo.step.view import View
-from kdzoo.step.vocabulary import Slot
+from kdzoo.api.batch import Reduction
+from kdzoo.api.chunk import Logits
+from kdzoo.api.head import HEAD_WEIGHT
+from kdzoo.api.models import ModelInfo, ModelPair, Vocabulary
+from kdzoo.api.step import Step
+from kdzoo.api.terms import Terms
+from kdzoo.step.loss_term import LossTerm
 
-Around = Callable[[str, Callable[..., Any], tuple[Any, ...]], Any]
-"""(method, the loss's own, arguments) -> what the method returns."""
+Around = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""(method, the loss's own, arguments, named arguments) -> what the method returns."""
+
+OF_A_STEP = ("streams", "streams_after_facts", "scan", "finish", "carry_facts", "statistics")
+"""The methods whose only argument is the step."""
 
 
-def intercepted(slot: Slot, around: Around) -> Slot:
-    """A copy of the slot whose loss is called through `around`."""
-    loss = deepcopy(slot.loss)
+def intercepted(term: LossTerm, around: Around) -> LossTerm:
+    """A copy of the term whose loss is called through `around`."""
+    loss = deepcopy(term.loss)
     base = type(loss)
 
     def method(name: str) -> Callable[..., Any]:
-        return lambda self, *arguments: around(name, partial(getattr(base, name), self), arguments)
+        def called(self: Any, *arguments: Any, **named: Any) -> Any:
+            original = inspect.getattr_static(base, name).__get__(self, base)
+            return around(name, original, arguments, named)
 
-    names = ("streams", "over_vocab", "scan", "combine", "carry_facts", "survey", "setup")
+        return called
+
+    names = {*OF_A_STEP, "start_from_heads", *(visit.method for visit in term.visits)}
     loss.__class__ = type(base.__name__, (base,), {name: method(name) for name in names})
-    return replace(slot, loss=loss)
+    return replace(term, loss=loss)
 
 
 @dataclass
@@ -42,25 +52,25 @@ class Reads:
     sites: dict[str, set[str]] = field(default_factory=lambda: {"student": set(), "teacher": set()})
     facts: set[str] = field(default_factory=set)
     logits: set[tuple[str, str]] = field(default_factory=set)
-    """(visit, stream)"""
-    visit_facts: set[tuple[str, str]] = field(default_factory=set)
-    """(visit, fact)"""
-    lexicon: set[str] = field(default_factory=set)
-    artefacts: set[str] = field(default_factory=set)
+    """(visit's method, stream)"""
+    streams: set[str] = field(default_factory=set)
+    """The streams that it made."""
+    vocabulary: set[str] = field(default_factory=set)
+    artifacts: set[str] = field(default_factory=set)
 
-    def around(self, name: str, original: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        views = [argument for argument in arguments if isinstance(argument, View)]
-        if name == "over_vocab":
-            visit, chunk = arguments
-            return original(visit, _HeardChunk(chunk, visit, self))
-        if name == "setup":
+    def around(self, name: str, original: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if name == "start_from_heads":
             return original(Heard(arguments[0], lambda model: self.sites[model].add(HEAD_WEIGHT)))
-        if name in ("streams", "combine", "carry_facts"):
-            batch, student, teacher, facts, *rest = arguments
-            arguments = (batch, student, teacher, Heard(facts, self.facts.add), *rest)
-        found = original(*arguments)
-        for view, model in zip(views, ("teacher",) if name == "survey" else ("student", "teacher"), strict=False):
-            self.sites[model] |= view.read
+        if name not in OF_A_STEP:
+            hear = partial(_HeardLogits.of, method=name, reads=self)
+            return original(*map(hear, arguments), **{stream: hear(seen) for stream, seen in named.items()})
+        step: Step = arguments[0]
+        found = original(replace(step, facts=Heard(step.facts, self.facts.add)))
+        self.sites["teacher"] |= step.teacher.read
+        if name != "statistics":
+            self.sites["student"] |= step.student.read
+        if name in ("streams", "streams_after_facts"):
+            self.streams |= found.keys()
         return found
 
 
@@ -91,25 +101,28 @@ class Heard(dict[str, Any]):
         return [self[key] for key in self]
 
 
-class _HeardChunk(Chunk):
-    """A chunk that tells which streams' logits and which facts are read."""
+class _HeardLogits(Logits):
+    """Logits that tell that they, and which facts, are read."""
 
-    def __init__(self, chunk: Chunk, visit: str, reads: Reads) -> None:
-        self.__dict__ |= chunk.__dict__
-        self._visit, self._reads = visit, reads
-        self.facts = Heard(chunk.facts, lambda fact: reads.visit_facts.add((visit, fact)))
+    @classmethod
+    def of(cls, seen: Logits, method: str, reads: Reads) -> _HeardLogits:
+        copy = cls(**{each.name: getattr(seen, each.name) for each in fields(Logits)})
+        object.__setattr__(copy, "heard", (method, reads))
+        return copy
 
-    def logits(self, stream: str) -> Tensor:
-        self._reads.logits.add((self._visit, stream))
-        return super().logits(stream)
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("logits", "logprobs"):
+            method, reads = object.__getattribute__(self, "__dict__").get("heard", ("", Reads()))
+            reads.logits.add((method, object.__getattribute__(self, "stream")))
+        return object.__getattribute__(self, name)
 
-    def logprobs(self, stream: str, temperature: float = 1.0) -> Tensor:
-        self._reads.logits.add((self._visit, stream))
-        return super().logprobs(stream, temperature)
+    def fact(self, name: str) -> Tensor:
+        self.__dict__["heard"][1].facts.add(name)
+        return super().fact(name)
 
 
-class _HeardLexicon(Lexicon):
-    """A lexicon that tells that it is read."""
+class _HeardVocabulary(Vocabulary):
+    """A vocabulary that tells that it is read."""
 
     def __getattribute__(self, name: str) -> Any:
         if name in ("texts", "special", "end"):
@@ -117,18 +130,102 @@ class _HeardLexicon(Lexicon):
         return object.__getattribute__(self, name)
 
 
-def with_heard_lexicons(models: Models, heard: set[str]) -> Models:
-    def told(lexicon: Lexicon | None) -> Lexicon | None:
-        if lexicon is None:
-            return None
-        copy = _HeardLexicon(lexicon.texts, lexicon.special, lexicon.end)
+def with_heard_vocabularies(pair: ModelPair, heard: set[str]) -> ModelPair:
+    def of(info: ModelInfo) -> ModelInfo:
+        known = info.known_vocabulary
+        if known is None:
+            return info
+        copy = _HeardVocabulary(known.texts, known.special, known.end)
         object.__setattr__(copy, "heard", heard)
-        return copy
+        return replace(info, known_vocabulary=copy)
 
-    def of(facts: Any) -> Any:
-        return None if facts is None else replace(facts, lexicon=told(facts.lexicon))
+    return replace(pair, student=of(pair.student), teacher=of(pair.teacher))
 
-    return replace(models, student=of(models.student), teacher=of(models.teacher))
+
+@dataclass
+class Divisors:
+    """What a loss's terms are divided by, by term."""
+
+    of: dict[str, Reduction] = field(default_factory=dict)
+
+    def around(self, name: str, original: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        found = original(*arguments, **named)
+        if isinstance(found, Terms):
+            self.of |= {term: per for term, (_, per) in found.values.items()}
+        return found
+
+
+@dataclass
+class Calls:
+    """Which modules with parameters a loss calls, in their order: their names."""
+
+    made: list[str] = field(default_factory=list)
+
+    def listen(self, loss: nn.Module) -> None:
+        for name, module in loss.named_modules():
+            if name and any(True for _ in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(partial(self._called, name))
+
+    def _called(self, name: str, _module: nn.Module, _arguments: Any) -> None:
+        self.made.append(name)
+
+
+@dataclass
+class Edits:
+    """What a loss changes in place of what it is shown: others see it too."""
+
+    found: list[str] = field(default_factory=list)
+
+    def around(self, name: str, original: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        seen = [*arguments, *named.values()]
+        logits = [one for one in seen if isinstance(one, Logits)]
+        before = Untouched(dict(pair for one in seen for pair in _tensors(one)))
+        made = {id(one): set(one.shared) for one in logits}
+        own = {id(one): Logits(one.stream, one.logits.detach().clone(), one.labels) for one in logits}
+        result = original(*arguments, **named)
+        self.found += [f"{what} in '{name}'" for what in before.changed()]
+        for one in logits:
+            for temperature in one.shared.keys() - made[id(one)]:
+                mine, fresh = one.shared[temperature].detach(), own[id(one)].logprobs(temperature)
+                if mine._version != fresh._version or not torch.allclose(mine, fresh, rtol=1e-12, atol=1e-12):
+                    self.found.append(f"the log-probabilities of '{one.stream}' in '{name}'")
+        return result
+
+
+class Untouched:
+    """Tensors by name, as they were."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+        self._versions = {name: tensor._version for name, tensor in self._tensors.items()}
+        self._values = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
+
+    def changed(self) -> list[str]:
+        """Those that are not: a version is raised by every operation in place, but for those on `.data`."""
+        return [
+            name
+            for name, tensor in self._tensors.items()
+            if tensor._version != self._versions[name] or not torch.equal(tensor, self._values[name])
+        ]
+
+
+def _tensors(seen: Any) -> Iterator[tuple[str, Tensor]]:
+    """What a method is shown, by what a reader calls it."""
+    if isinstance(seen, Logits):
+        yield f"the logits of '{seen.stream}'", seen.logits
+        yield f"the labels of '{seen.stream}'", seen.labels
+        for temperature, logprobs in seen.shared.items():
+            yield f"the log-probabilities of '{seen.stream}' at temperature {temperature}", logprobs
+        for kind, named in (("fact", seen.known), ("value", seen.values), ("scanned value", seen.scanned)):
+            for name, value in named.items():
+                yield f"the {kind} '{name}' of '{seen.stream}'", value
+    elif isinstance(seen, Step):
+        for kind, named in (("fact", seen.facts), ("sum", seen.sums), ("value", seen.values)):
+            for name, value in named.items():
+                yield f"the {kind} '{name}'", value
+    elif isinstance(seen, Mapping):  # of `start_from_heads`
+        for name, value in seen.items():
+            yield f"the {name}'s head", value
 
 
 class Constants(TorchFunctionMode):
@@ -147,10 +244,10 @@ class Constants(TorchFunctionMode):
         """From here on, the values of the first pass."""
         self._next = 0
 
-    def around(self, name: str, original: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-        # Visits of kind "rows" are first called without gradient, by the core: that says nothing of the loss.
+    def around(self, name: str, original: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        # Visits of kind "tokens" are first called without gradient, by the core: that says nothing of the loss.
         with torch.enable_grad(), self:
-            found = original(*arguments)
+            found = original(*arguments, **named)
         return {key: self._constant(value) for key, value in found.items()} if name == "scan" else found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kdzoo.api.batch import Batch, Side
+from kdzoo.api.head import HEAD_WEIGHT, Head
+from kdzoo.api.loss import Loss, Needs
+from kdzoo.api.model_adapter import ModelAdapter
+from kdzoo.api.models import AbsentModel, ModelInfo, ModelPair, Role, Vocabulary
+from kdzoo.api.plugin import Params
 from kdzoo.errors import KdzooError
-from kdzoo.plugin.contracts import Anatomy, Lexicon, Loss, ModelFacts, Models, Needs, Params
 from kdzoo.plugin.registry import Registry, load_plugins
-from kdzoo.step.batch import Batch, Side
 from kdzoo.step.capture import capture
-from kdzoo.step.distiller import Distiller, prepare, set_up, survey, teacher_sites
-from kdzoo.step.head import HEAD_WEIGHT, Head
+from kdzoo.step.chunks import CHUNK_BYTES
+from kdzoo.step.distiller import Distiller, start_from_heads, start_from_statistics, statistics, teacher_sites
+from kdzoo.step.inputs import PassInputs
+from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report
-from kdzoo.step.vocabulary import CHUNK_BYTES, Call, Slot
+from kdzoo.testing.promises.rearrange import repeated
 from kdzoo.testing.replay import default_dtype
 from kdzoo.testing.tiny import tiny_batch, tiny_model
 
 SLOT = "loss"
-FIVE_ROWS = ((4, 3, 3), (2, 2, 2))
+FIVE_TOKENS = ((4, 3, 3), (2, 2, 2))
 """A sequence is (prompt, student response, teacher response), in tokens."""
 LENGTHS = ((4, 5, 4), (3, 2, 3), (5, 6, 5), (2, 1, 1))
 STUDENT_VOCABULARY, TEACHER_VOCABULARY = 61, 53
@@ -37,7 +43,7 @@ class Subject:
 
     loss: type[Loss]
     params: Params
-    artefacts: Mapping[str, Mapping[str, Tensor]]
+    artifacts: Mapping[str, Mapping[str, Tensor]]
     """Tensors of the stages that the loss names; a stage that is missing here is made by the loss of its name."""
 
     @classmethod
@@ -45,9 +51,9 @@ class Subject:
         cls,
         loss: type[Loss],
         params: Mapping[str, Any] | None = None,
-        artefacts: Mapping[str, Mapping[str, Tensor]] | None = None,
+        artifacts: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> Subject:
-        return cls(loss, loss.Params.model_validate(dict(params or {})), artefacts or {})
+        return cls(loss, loss.Params.model_validate(dict(params or {})), artifacts or {})
 
     def needs(self, same_tokens: bool) -> Needs:
         return self.loss.needs(self.params, same_tokens)
@@ -64,6 +70,8 @@ class Outcome:
     loss: Tensor
     terms: Mapping[str, Tensor]
     gradients: Mapping[str, Tensor | None]
+    watched: Mapping[str, Tensor] = field(default_factory=dict)
+    """Means of what is watched, where something was counted."""
 
     def plus(self, other: Outcome) -> Outcome:
         def sum_of(mine: Tensor | None, yours: Tensor | None) -> Tensor | None:
@@ -78,7 +86,10 @@ class Outcome:
         return Outcome(self.loss + other.loss, present, gradients)
 
     def difference(self, other: Outcome, tolerance: float = 1e-9) -> str:
-        """What differs first, in words; empty where nothing does. No gradient is a gradient of zero."""
+        """What differs first, in words; empty where nothing does. No gradient is a gradient of zero.
+
+        What is not a number differs from everything.
+        """
         if not _close(self.loss, other.loss, tolerance):
             return f"the loss is {self.loss:.8g} and {other.loss:.8g}"
         for name in self.terms.keys() | other.terms.keys():
@@ -108,119 +119,152 @@ class World:
         teacher = "mixtral" if of_experts else "llama"
         self._families = (teacher, teacher) if twins else ("gpt2", teacher)
         self._seeds = (seed, seed) if twins else (seed + 1, seed)
+        self._batches: dict[tuple[tuple[tuple[int, int, int], ...], int], Batch] = {}
 
-    @property
+    @cached_property
     def has_student(self) -> bool:
         """Whether the loss reads a student at all: one of a stage that trains on the teacher alone does not."""
-        visited = {stream for visit in self.needs.visits for stream in visit.streams}
-        owned = {place for stream in self.needs.streams for place in (stream.axis, stream.head)}
-        return bool(self.needs.student) or "student" in visited | owned
-
-    @cached_property
-    def student(self) -> nn.Module:
-        return self._model(0)
-
-    @cached_property
-    def teacher(self) -> nn.Module:
-        return self._model(1).requires_grad_(False)
-
-    def _model(self, which: int) -> nn.Module:
-        model = tiny_model(self._families[which], self.vocabulary[which], self._seeds[which])
-        model.set_experts_implementation("eager")  # the fast ones have no float64
-        return model.double().eval()
+        visits = self.subject.loss.visits(self.subject.params)
+        return bool(self.needs.student) or any("student" in visit.streams for visit in visits)
 
     @property
-    def anatomies(self) -> tuple[Anatomy, Anatomy]:
-        known = registry().anatomies
+    def student(self) -> nn.Module:
+        return _model(self._families[0], self.vocabulary[0], self._seeds[0], trains=True)
+
+    @property
+    def teacher(self) -> nn.Module:
+        return _model(self._families[1], self.vocabulary[1], self._seeds[1], trains=False)
+
+    @cached_property
+    def whole(self) -> Outcome:
+        """The loss, as a run would begin with it, on the batch."""
+        return self.run([self.term()], self.batch())
+
+    @property
+    def model_adapters(self) -> tuple[ModelAdapter, ModelAdapter]:
+        known = registry().model_adapters
         return known[self._families[0]], known[self._families[1]]
 
     @cached_property
-    def models(self) -> Models:
+    def pair(self) -> ModelPair:
         texts = [f"{' ' if token % 2 else ''}t{token}" for token in range(STUDENT_VOCABULARY)]
         theirs = [text if token % 4 else f"{text}'" for token, text in enumerate(texts)]
         words = (texts, texts if self.same_tokens else theirs[:TEACHER_VOCABULARY])
         entries = torch.arange(self.vocabulary[1])
-        return Models(
-            student=self._facts(self.student, 0, words[0]) if self.has_student else None,
-            teacher=self._facts(self.teacher, 1, words[1]),
-            same_tokens=self.same_tokens,
-            student_ids=torch.where((entries % 4 > 0) | (entries == 0) | self.same_tokens, entries, -1),
+        return ModelPair(
+            self._info(self.student, 0, words[0]) if self.has_student else AbsentModel("student"),
+            self._info(self.teacher, 1, words[1]),
+            self.same_tokens,
+            torch.where((entries % 4 > 0) | (entries == 0) | self.same_tokens, entries, -1),
         )
 
-    def _facts(self, model: nn.Module, which: int, texts: Sequence[str]) -> ModelFacts:
-        anatomy = self.anatomies[which]
-        vocabulary, width = anatomy.head(model).weight.shape
-        lexicon = Lexicon(tuple(texts), frozenset({0}), 0) if self.needs.lexicons else None
-        return ModelFacts(width, vocabulary, len(anatomy.blocks(model)), self._families[which], lexicon)
+    def _info(self, model: nn.Module, which: int, texts: Sequence[str]) -> ModelInfo:
+        model_adapter = self.model_adapters[which]
+        vocabulary, width = model_adapter.head(model).weight.shape
+        words = Vocabulary(tuple(texts), frozenset({0}), 0) if self.needs.vocabularies else None
+        return ModelInfo(width, vocabulary, len(model_adapter.blocks(model)), self._families[which], words)
 
     def batch(self, lengths: Sequence[tuple[int, int, int]] = LENGTHS, seed: int = 0) -> Batch:
-        """Sequences of random tokens; none: the stand-in of a rank without rows."""
+        """Sequences of random tokens, about half of which the teacher predicts; none: the stand-in of a rank without
+        tokens."""
+        key = tuple(lengths), seed
+        if key not in self._batches:
+            self._batches[key] = self._batch(lengths, seed)
+        return self._batches[key]
+
+    def _batch(self, lengths: Sequence[tuple[int, int, int]], seed: int) -> Batch:
         batch = tiny_batch(lengths, *self.vocabulary, self.same_tokens, seed)
         assert batch.teacher is not None
-        if self.needs.rows == "sequence" and lengths:
-            batch = replace(batch, teacher=_every_row(batch.teacher), pairs=batch.pairs[:0])
+        assert batch.student is not None
+        teacher = self._partly_predicted(batch.teacher)
+        student = teacher if self.same_tokens else self._in_students_words(batch.student, teacher, batch.pairs)
+        batch = replace(batch, teacher=teacher, student=student)
+        if self.needs.tokens == "sequence" and lengths:
+            batch = replace(batch, teacher=_every_token(teacher), pairs=batch.pairs[:0])
         if not self.has_student:
             batch = replace(batch, student=None)
         return replace(batch, counts=batch.local_counts())
 
-    def slot(self, seed: int = 0, name: str = SLOT) -> Slot:
+    @torch.no_grad()
+    def _partly_predicted(self, side: Side) -> Side:
+        """The same positions; every second token is the one that the teacher puts first, but for the special one."""
+        ids, width = side.input_ids.clone(), side.input_ids.shape[1]
+        for column in range(0, width - 1, 2):  # in their order: each prediction follows from the tokens before it
+            at = side.positions[side.positions % width == column] // width
+            if len(at):
+                first = self.teacher(input_ids=ids, attention_mask=side.attention_mask).logits[at, column].argmax(-1)
+                ids[at, column + 1] = torch.where(first > 0, first, ids[at, column + 1])
+        return _saying(side, ids)
+
+    def _in_students_words(self, side: Side, teacher: Side, pairs: Tensor) -> Side:
+        """The student's side, where tokens of aligned pairs say the same, as far as it has such a token."""
+        ids = side.input_ids.clone()
+        same = self.pair.student_ids[teacher.labels[pairs[:, 1]]]
+        at = side.positions[pairs[:, 0]] + 1
+        ids.view(-1)[at] = torch.where(same >= 0, same, ids.flatten()[at])
+        return _saying(side, ids)
+
+    def term(self, seed: int = 0, name: str = SLOT) -> LossTerm:
         """The loss as a run would begin with it."""
-        models, artefacts = self.models, self.artefacts
+        pair, artifacts = self.pair, self.artifacts
         torch.manual_seed(seed)
-        with default_dtype(torch.float64):  # so that frozen artefacts keep their precision
-            loss = self.subject.loss(self.subject.params, models, artefacts).double()
-        slot = Slot(name, loss, self.needs)
-        if self.needs.survey:
+        with default_dtype(torch.float64):  # so that frozen artifacts keep their precision
+            loss = self.subject.loss(self.subject.params, pair, artifacts).double()
+        term = LossTerm.of(name, loss)
+        if loss.reads_statistics():
             batch = self.batch()
-            prepare([slot], survey([slot], batch, self.teacher_sites([slot], batch)))
-        set_up([slot], self.heads)
-        return slot
+            start_from_statistics([term], statistics([term], batch, self.teacher_sites([term], batch)))
+        start_from_heads([term], self.heads)
+        return term
 
     @cached_property
-    def artefacts(self) -> dict[str, Mapping[str, Tensor]]:
-        found = {stage: self._made(stage, insisted) for stage, insisted in self.needs.artefacts.items()}
+    def artifacts(self) -> dict[str, Mapping[str, Tensor]]:
+        found = {stage: self._made(stage, insisted) for stage, insisted in self.needs.artifacts.items()}
         return {s: {name: value.double() for name, value in state.items()} for s, state in found.items()}
 
     def _made(self, stage: str, insisted: Mapping[str, Any]) -> Mapping[str, Tensor]:
-        if stage in self.subject.artefacts:
-            return self.subject.artefacts[stage]
-        if stage not in registry().losses:
-            raise KdzooError(f"the artefact '{stage}' is of no loss that is called so; give its tensors as 'artefacts'")
-        maker = Subject.of(registry().losses[stage], insisted)
-        return World(maker, self.same_tokens, self._seeds[1]).slot().loss.state_dict()
+        if stage in self.subject.artifacts:
+            return self.subject.artifacts[stage]
+        if stage not in registry().of(Loss):
+            raise KdzooError(f"the artifact '{stage}' is of no loss that is called so; give its tensors as 'artifacts'")
+        maker = Subject.of(registry().of(Loss)[stage], insisted)
+        return World(maker, self.same_tokens, self._seeds[1]).term().loss.state_dict()
 
     @property
-    def heads(self) -> dict[str, Head]:
-        heads = {"teacher": self.anatomies[1].head(self.teacher)}
-        return heads | ({"student": self.anatomies[0].head(self.student)} if self.has_student else {})
+    def heads(self) -> dict[Role, Head]:
+        heads: dict[Role, Head] = {"teacher": self.model_adapters[1].head(self.teacher)}
+        return heads | ({"student": self.model_adapters[0].head(self.student)} if self.has_student else {})
 
-    def teacher_sites(self, slots: Sequence[Slot], batch: Batch) -> dict[str, Tensor]:
+    def teacher_sites(self, terms: Sequence[LossTerm], batch: Batch) -> dict[str, Tensor]:
         assert batch.teacher is not None
         with torch.no_grad():
-            return capture(self.teacher, self.anatomies[1], batch.teacher, teacher_sites(slots))
+            return capture(self.teacher, self.model_adapters[1], batch.teacher, teacher_sites(terms))
 
-    def run(self, slots: Sequence[Slot], batch: Batch, chunk_bytes: int = CHUNK_BYTES) -> Outcome:
+    def run(self, terms: Sequence[LossTerm], batch: Batch, chunk_bytes: int = CHUNK_BYTES) -> Outcome:
         """The step's loss on real models, and the gradients of all that trains."""
-        student, anatomy = (self.student, self.anatomies[0]) if self.has_student else (None, None)
-        distiller = Distiller(student, anatomy, slots, chunk_bytes=chunk_bytes)
+        student, model_adapter = (self.student, self.model_adapters[0]) if self.has_student else (None, None)
+        head = self.heads.get("student")
+        distiller = Distiller(student, model_adapter, head, terms, chunk_bytes=chunk_bytes)
         report = Report()
         loss = distiller(
             batch=batch,
-            teacher=self.teacher_sites(slots, batch),
+            teacher=self.teacher_sites(terms, batch),
             teacher_head=self.heads["teacher"],
-            weights={slot.name: 1.0 for slot in slots},
+            weights={term.name: 1.0 for term in terms},
             report=report,
         )
         return outcome(loss, report, {n: p for n, p in distiller.named_parameters() if p.requires_grad})
 
-    def recorded(self, slot: Slot, batch: Batch, dtype: torch.dtype = torch.float64) -> Recording:
+    def recorded(self, term: LossTerm, batch: Batch, dtype: torch.dtype = torch.float64) -> Recording:
         """The sites and heads of both models, cut off from the models."""
-        wanted = {"hidden.last"} | (slot.needs.student - {HEAD_WEIGHT})
+        wanted = {"hidden.last"} | (term.needs.student - {HEAD_WEIGHT})
         student: dict[str, Tensor] = {}
         if self.has_student:
             assert batch.student is not None
             with torch.no_grad():
-                student = capture(self.student, self.anatomies[0], batch.student, {_whole(site) for site in wanted})
+                student = capture(
+                    self.student, self.model_adapters[0], batch.student, {_whole(site) for site in wanted}
+                )
 
         def cut(head: Head, learns: bool) -> Head:
             weight = nn.Parameter(head.weight.detach().to(dtype), requires_grad=learns)
@@ -229,7 +273,7 @@ class World:
         return Recording(
             batch,
             {site: value.to(dtype) for site, value in student.items()},
-            {site: value.to(dtype) for site, value in self.teacher_sites([slot], batch).items()},
+            {site: value.to(dtype) for site, value in self.teacher_sites([term], batch).items()},
             {name: cut(head, learns=name == "student") for name, head in self.heads.items()},
             frozenset(wanted) if self.has_student else frozenset(),
         )
@@ -240,9 +284,9 @@ class Recording:
     """What both models said of a batch. Each of `student`'s tensors is free to vary on its own."""
 
     batch: Batch
-    student: Mapping[str, Tensor]  # hidden states of every position, embeddings of rows
+    student: Mapping[str, Tensor]  # hidden states of every position, embeddings of tokens
     teacher: Mapping[str, Tensor]
-    heads: Mapping[str, Head]
+    heads: Mapping[Role, Head]
     wanted: frozenset[str]
 
     def to(self, dtype: torch.dtype) -> Recording:
@@ -265,27 +309,41 @@ class Recording:
         student, teacher = ({s: off(v) for s, v in sites.items()} for sites in (self.student, self.teacher))
         return replace(self, student=student, teacher=teacher)
 
-    def leaves(self, slot: Slot) -> dict[str, Tensor]:
+    def leaves(self, term: LossTerm) -> dict[str, Tensor]:
         """All that the loss may have a gradient for."""
         found = {f"student {site}": value.requires_grad_() for site, value in self.student.items()}
         if "student" in self.heads:
             found["student head"] = self.heads["student"].weight
-        return found | {name: p for name, p in slot.loss.named_parameters() if p.requires_grad}
+        return found | {name: p for name, p in term.loss.named_parameters() if p.requires_grad}
 
-    def score(self, slot: Slot) -> tuple[Tensor, Report]:
-        sites = {site: self._site(site) for site in self.wanted}
-        report = Report()
-        call = Call(self.batch, sites, self.teacher, self.heads, {slot.name: 1.0}, report)
-        return Distiller(None, None, [slot]).score(call), report
+    def sites(self) -> dict[str, Tensor]:
+        """What the student shows."""
+        return {site: self._site(site) for site in self.wanted}
 
-    def run(self, slot: Slot) -> Outcome:
-        leaves = self.leaves(slot)
-        return outcome(*self.score(slot), leaves)
+    def score(self, term: LossTerm, sites: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Report]:
+        report, ours = Report(), self.sites() if sites is None else sites
+        inputs = PassInputs(self.batch, ours, self.teacher, self.heads, {term.name: 1.0}, report)
+        return Distiller(None, None, None, [term]).score(inputs), report
+
+    def repeated(self, times: int, longer: bool) -> Recording:
+        """Every sequence `times` times; or, if `longer`, every response `times` times as long."""
+        batch, made = repeated(self.batch, times, longer)
+
+        def again(model: Role, sites: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: made[model].site(name, value.detach()) for name, value in sites.items()}
+
+        return replace(
+            self, batch=batch, student=again("student", self.student), teacher=again("teacher", self.teacher)
+        )
+
+    def run(self, term: LossTerm) -> Outcome:
+        leaves = self.leaves(term)
+        return outcome(*self.score(term), leaves)
 
     def _site(self, site: str) -> Tensor:
         value = self.student[_whole(site)]
         assert self.batch.student is not None
-        return value[self.batch.student.rows] if _whole(site) != site else value
+        return value[self.batch.student.positions] if _whole(site) != site else value
 
 
 def outcome(loss: Tensor, report: Report, leaves: Mapping[str, Tensor]) -> Outcome:
@@ -293,70 +351,35 @@ def outcome(loss: Tensor, report: Report, leaves: Mapping[str, Tensor]) -> Outco
     if loss.requires_grad:
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     terms = {name: value.detach() for name, value in report.terms.items()}
-    return Outcome(loss.detach(), terms, dict(zip(leaves, gradients, strict=True)))
+    watched = {name: total / count for name, (total, count) in report.watched.items() if count}
+    return Outcome(loss.detach(), terms, dict(zip(leaves, gradients, strict=True)), watched)
 
 
-def rearranged(batch: Batch, order: Sequence[int], padding: int = 0) -> Batch:
-    """These sequences of a batch, in this order, with so many positions of padding more; counts are the whole's."""
-    index = torch.tensor(order, dtype=torch.long)
-    student = None if batch.student is None else _side(batch.student, index, padding)
-    teacher = None if batch.teacher is None else _side(batch.teacher, index, padding)
-    pairs = batch.pairs[:0]
-    if student is not None and teacher is not None:
-        moved = torch.stack([student[1][batch.pairs[:, 0]], teacher[1][batch.pairs[:, 1]]], dim=1)
-        moved = moved[(moved >= 0).all(1)]
-        pairs = moved[moved[:, 0].argsort()]
-    spans = torch.cat([side[0].span for side in (student, teacher) if side is not None])
-    number = {span: n for n, span in enumerate(_in_order(spans, student, teacher))}
-
-    def numbered(side: Side) -> Side:
-        return replace(side, span=torch.tensor([number.get(s, -1) for s in side.span.tolist()], dtype=torch.long))
-
-    return replace(
-        batch,
-        student=None if student is None else numbered(student[0]),
-        teacher=None if teacher is None else numbered(teacher[0]),
-        pairs=pairs,
-    )
+def _saying(side: Side, ids: Tensor) -> Side:
+    """The same positions with other tokens [B, T]."""
+    flat = ids.flatten()
+    return replace(side, input_ids=ids, labels=flat[side.positions + 1], inputs=flat[side.positions])
 
 
-def _side(side: Side, order: Tensor, padding: int) -> tuple[Side, Tensor]:
-    """The side's sequences `order`, and where each of its rows went (-1: nowhere)."""
-    width = side.input_ids.shape[1]
-    generator = torch.Generator().manual_seed(99)
-    more = torch.randint(1, int(side.input_ids.max()) + 1, (len(order), padding), generator=generator)
-    ids = torch.cat([side.input_ids[order], more], dim=1)
-    mask = torch.cat([side.attention_mask[order], torch.zeros_like(more)], dim=1)
-    kept = torch.cat([(side.sample == b).nonzero().squeeze(-1) for b in order])
-    sample = torch.repeat_interleave(torch.arange(len(order)), torch.bincount(side.sample, minlength=len(mask))[order])
-    if not len(order):
-        kept = sample = torch.zeros(0, dtype=torch.long)
-    went = torch.full_like(side.rows, -1)
-    went[kept] = torch.arange(len(kept))
-    rows = side.rows[kept] % width + sample * ids.shape[1]
-    return Side(ids, mask, rows, side.labels[kept], side.inputs[kept], sample, side.span[kept]), went
-
-
-def _every_row(side: Side) -> Side:
-    """The same sequences with a row for every real token that another follows."""
+def _every_token(side: Side) -> Side:
+    """The same sequences with every real token scored that another follows."""
     width = side.input_ids.shape[1]
     followed = side.attention_mask[:, 1:].bool()
-    rows = torch.cat([followed, followed.new_zeros(len(followed), 1)], dim=1).flatten().nonzero().squeeze(-1)
-    ids, nowhere = side.input_ids.flatten(), torch.full_like(rows, -1)
-    return replace(side, rows=rows, labels=ids[rows + 1], inputs=ids[rows], sample=rows // width, span=nowhere)
+    at = torch.cat([followed, followed.new_zeros(len(followed), 1)], dim=1).flatten().nonzero().squeeze(-1)
+    ids, nowhere = side.input_ids.flatten(), torch.full_like(at, -1)
+    return replace(side, positions=at, labels=ids[at + 1], inputs=ids[at], sample=at // width, span=nowhere)
 
 
-def _in_order(spans: Tensor, *sides: tuple[Side, Tensor] | None) -> list[int]:
-    """The spans by the sequence that they stand in, and within it as they were."""
-    of: dict[int, int] = {}
-    for side in sides:
-        if side is not None:
-            of |= dict(zip(side[0].span.tolist(), side[0].sample.tolist(), strict=True))
-    return sorted({s for s in spans.tolist() if s >= 0}, key=lambda span: (of[span], span))
+def clone(term: LossTerm) -> LossTerm:
+    return replace(term, loss=deepcopy(term.loss))
 
 
-def clone(slot: Slot) -> Slot:
-    return replace(slot, loss=deepcopy(slot.loss))
+@cache
+def _model(family: str, vocabulary: int, seed: int, trains: bool) -> nn.Module:
+    """Made once for all worlds, none of which changes it."""
+    model = tiny_model(family, vocabulary, seed)
+    model.set_experts_implementation("eager")  # the fast ones have no float64
+    return model.double().eval().requires_grad_(trains)
 
 
 @cache
@@ -371,4 +394,4 @@ def _whole(site: str) -> str:
 
 
 def _close(mine: Tensor, yours: Tensor, tolerance: float) -> bool:
-    return torch.allclose(mine.double(), yours.double(), rtol=tolerance, atol=tolerance, equal_nan=True)
+    return torch.allclose(mine.double(), yours.double(), rtol=tolerance, atol=tolerance)
