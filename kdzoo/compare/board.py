@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kdzoo.compare.suite import Cell
-from kdzoo.run.progress import SCREEN, duration, say
+from kdzoo.run.progress import SCREEN, duration, print_message
 
 State = Literal["waiting", "running", "done", "failed"]
 
@@ -34,7 +34,7 @@ class Shown:
 
 
 class Board:
-    """Told what happens to each cell, from any thread."""
+    """Receives the state of each cell, from any thread."""
 
     def __init__(self, cells: Sequence[Cell], jobs: int, console: Console = SCREEN) -> None:
         self.shown = {(cell.pair, cell.name): Shown(cell, cell.loaded.recipe.stages["distill"].steps) for cell in cells}
@@ -118,7 +118,7 @@ class Board:
     def _line(self, cell: Cell, text: str) -> None:
         if not self.live:
             done = self.count("done", "failed")
-            say(
+            print_message(
                 f"{done:>{len(str(len(self.shown)))}}/{len(self.shown)}  {cell.pair}  {cell.name}  {text}",
                 console=self.console,
             )

@@ -21,7 +21,7 @@ ELSEWHERE = ("command", "git")
 
 
 def collect(cell: Cell, folder: Path) -> tuple[ledger.Cell, dict[str, ledger.Model]]:
-    """The cell's student, and the models that were evaluated beside it."""
+    """The cell's student, and the reference models that were evaluated with it."""
     scores: Scores = _read(folder / "scores.json")
     models = dict.fromkeys(name for found in scores.values() for name in found)
     read = {name: _model(RunFolder(folder), scores, name) for name in models}

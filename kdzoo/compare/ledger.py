@@ -2,7 +2,7 @@
 
     <suite>.json                    what is compared: titles, recipes in their order, seeds, the baseline
     <pair>/<recipe>-<seed>.json.gz  one trained student, for every suite of the folder
-    <pair>/beside.json.gz           the models that stand beside all of them: the teacher, the untrained student, ...
+    <pair>/beside.json.gz           the reference models of all of them: the teacher, the untrained student, ...
 
 A report is made from these files alone, so that its numbers can be made again by anybody who has them.
 """
@@ -114,7 +114,8 @@ class PairLedger:
 
     cells: dict[str, dict[int, Cell]]
     """Recipe -> training seed -> the student."""
-    beside: dict[str, Model]
+    reference_models: dict[str, Model]
+    """The models that every student is shown with: the teacher, the untrained student, ..."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def cell_file(suite: Path, pair: str, recipe: str, seed: int) -> Path:
     return suite.parent / pair / f"{recipe}-{seed}.json.gz"
 
 
-def beside_file(suite: Path, pair: str) -> Path:
+def reference_models_file(suite: Path, pair: str) -> Path:
     return suite.parent / pair / "beside.json.gz"
 
 
@@ -147,8 +148,8 @@ def _read_pair(suite: Path, pair: str, compared: Compared) -> PairLedger:
         kept = {seed: read_cell(file) for seed, file in found.items() if file.is_file()}
         if kept:
             cells[recipe] = kept
-    beside = beside_file(suite, pair)
-    return PairLedger(cells, _read(beside, dict[str, Model]) if beside.is_file() else {})
+    file = reference_models_file(suite, pair)
+    return PairLedger(cells, _read(file, dict[str, Model]) if file.is_file() else {})
 
 
 def write_suite(suite: Path, compared: Compared) -> None:
@@ -163,8 +164,8 @@ def read_cell(file: Path) -> Cell:
     return _read(file, Cell)
 
 
-def write_beside(suite: Path, pair: str, models: Mapping[str, Model]) -> None:
-    _write(beside_file(suite, pair), dict(models), dict[str, Model])
+def write_reference_models(suite: Path, pair: str, models: Mapping[str, Model]) -> None:
+    _write(reference_models_file(suite, pair), dict(models), dict[str, Model])
 
 
 def mean_rouge(model: Model) -> float | None:
@@ -177,12 +178,16 @@ def _read(file: Path, kind: Any) -> Any:
     try:
         content = file.read_bytes()
         return TypeAdapter(kind).validate_json(gzip.decompress(content) if file.suffix == ".gz" else content)
+    except FileNotFoundError as error:
+        raise KdzooError(f"{file}: no such file; give the JSON file of a suite that 'kdzoo compare' wrote") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise KdzooError(f"{file}: cannot be read ({error}); is '{file.parent}' a ledger?") from error
+        raise KdzooError(f"{file}: cannot be read ({error}); check that '{file.parent}' is a ledger") from error
     except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise KdzooError(f"{file}: {at}: {first['msg'].lower()}; write the ledger anew") from error
+        raise KdzooError(
+            f"{file}: {at}: {first['msg'].lower()}; write the ledger again with 'kdzoo compare'"
+        ) from error
 
 
 def _write(file: Path, content: Any, kind: Any) -> None:

@@ -30,8 +30,9 @@ from kdzoo.compare.suite import Cell, LoadedSuite
 from kdzoo.errors import KdzooError, RecipeError
 from kdzoo.plugin.registry import load_plugins
 from kdzoo.recipe.merge import merge_patch
-from kdzoo.run.progress import say
-from kdzoo.run.session import check_tokenizers, open_session
+from kdzoo.run.context import open_context
+from kdzoo.run.losses import check_tokenizers, resolve_losses
+from kdzoo.run.progress import print_message
 
 TWO_TOKENIZERS = "compares two models token by token, and the pair has two tokenizers"
 
@@ -47,7 +48,7 @@ class Comparison:
     cells: Path
     """Run folders, `<pair>/<recipe>-<seed>-<key>`."""
     ledger: Path
-    """The suite's file of the ledger; cells are kept in folders beside it."""
+    """The suite's file of the ledger; cells are kept in folders next to it."""
     report: Callable[[Path], None]
     """Makes the report of a ledger's suite, however much of it there is."""
     jobs: int = 1
@@ -65,40 +66,41 @@ class Comparison:
         with alone(self.cells), terminated_as_interrupted():
             board, missing = self.look()
             self.write_suite()
-            say(board.summary())
+            print_message(board.summary())
             try:
                 with board.drawn():
                     for cells in missing.values():
-                        # The first one makes what the others share: the trained teacher, what stands beside.
+                        # The first one makes what the others share: the trained teacher, the reference models.
                         self.run_cells(cells[:1], board)
                         self.run_cells(cells[1:], board)
             except KeyboardInterrupt:
-                say(f"{board.summary()}; the same command goes on from here")
+                print_message(f"{board.summary()}; run the same command again to continue")
                 raise
             finally:
                 if board.count("done"):
                     self.report(self.ledger)
-        say(board.summary())
+        print_message(board.summary())
         for name, (why, log) in board.failed.items():
-            say(f"failed: {name}: {why} ({log})")
+            print_message(f"failed: {name}: {why} ({log})")
         return 1 if board.failed else 0
 
     def list_missing(self) -> int:
         board, missing = self.look()
-        say(board.summary())
+        print_message(board.summary())
         for pair, cells in missing.items():
             for recipe in dict.fromkeys(cell.recipe for cell in cells):
                 seeds = ", ".join(str(cell.seed) for cell in cells if cell.recipe == recipe)
-                say(f"missing: {pair}  {recipe}  seeds {seeds}")
+                print_message(f"missing: {pair}  {recipe}  seeds {seeds}")
         return 0
 
     def look(self) -> tuple[Board, dict[str, list[Cell]]]:
-        """What there is, and what is missing, pair by pair; what does not fit is told."""
+        """What there is and what is missing, pair by pair; prints what does not fit."""
         self.leave_out_what_does_not_fit()
         board = Board([cell for pair in self.suite.pairs for cell in self.fitting(pair)], self.jobs)
         for pair, recipes in self.left_out.items():
             for why in dict.fromkeys(recipes.values()):
-                say(f"{pair}: without {', '.join(name for name, said in recipes.items() if said == why)}: {why}")
+                names = ", ".join(name for name, reason in recipes.items() if reason == why)
+                print_message(f"{pair}: leaves out {names}: {why}")
         return board, {
             pair: [cell for cell in self.fitting(pair) if not self.kept(cell, board)] for pair in self.suite.pairs
         }
@@ -108,14 +110,15 @@ class Comparison:
         return [cell for cell in self.suite.of(pair) if cell.recipe not in left_out]
 
     def leave_out_what_does_not_fit(self) -> None:
-        """A loss that needs one tokenizer is no fault of a suite with two: the report says that it does not fit."""
+        """A loss that needs one tokenizer is no fault of a suite with two: the report shows that it does not fit."""
         for pair in self.suite.pairs:
             cells = self.suite.of(pair)
             first = cells[0].loaded
-            session = open_session(first.recipe, load_plugins(first.plugin_files), torch.device("cpu"))
+            context = open_context(first.recipe, load_plugins(first.plugin_files), torch.device("cpu"))
             for cell in cells:
                 try:
-                    check_tokenizers(replace(session, recipe=cell.loaded.recipe), cell.loaded.recipe.losses)
+                    own = replace(context, recipe=cell.loaded.recipe)
+                    check_tokenizers(own, resolve_losses(own, cell.loaded.recipe.losses))
                 except RecipeError:
                     self.left_out.setdefault(pair, {})[cell.recipe] = TWO_TOKENIZERS
 
@@ -143,7 +146,7 @@ class Comparison:
             if found.key != cell.key:
                 raise KdzooError(
                     f"{file}: '{cell.name}' was made from another recipe; "
-                    "give '--ledger' another folder, or remove this file"
+                    "name another folder with '--ledger', or remove this file"
                 )
             board.done(cell, ledger.mean_rouge(found.student))
             return True
@@ -158,10 +161,10 @@ class Comparison:
 
     def keep(self, cell: Cell, board: Board, seconds: float | None = None) -> None:
         """A finished run into the ledger."""
-        entry, beside = collect(cell, self.folder(cell))
+        entry, reference_models = collect(cell, self.folder(cell))
         ledger.write_cell(self.ledger, entry)
-        if not ledger.beside_file(self.ledger, cell.pair).is_file():
-            ledger.write_beside(self.ledger, cell.pair, beside)
+        if not ledger.reference_models_file(self.ledger, cell.pair).is_file():
+            ledger.write_reference_models(self.ledger, cell.pair, reference_models)
         board.done(cell, ledger.mean_rouge(entry.student), seconds)
 
     def run_cells(self, cells: Sequence[Cell], board: Board) -> None:
@@ -242,10 +245,10 @@ def whole(cell: Cell) -> Mapping[str, object]:
 
 
 def reason(log: Path) -> str:
-    """Why a run failed, from its log: the line that says so, else the last one."""
+    """Why a run failed, from its log: the line with the error, else the last one."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return (told or lines[-1:] or ["it said nothing"])[0]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (errors or lines[-1:] or ["the run printed nothing"])[0]
 
 
 @contextmanager
@@ -257,7 +260,7 @@ def alone(folder: Path) -> Iterator[None]:
         with lock:
             yield
     except Timeout as error:
-        raise KdzooError(f"--out: another comparison is at work in '{folder}'; wait for it, or name another") from error
+        raise KdzooError(f"--out: another comparison is using '{folder}'; wait for it, or name another") from error
     except OSError as error:
         raise KdzooError(f"--out: '{folder}' cannot be written ({error.strerror}); name another folder") from error
 

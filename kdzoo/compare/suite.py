@@ -15,7 +15,8 @@ from pydantic import Field, ValidationError
 from kdzoo.cache import content_key
 from kdzoo.errors import RecipeError, did_you_mean
 from kdzoo.plugin.json_schema import json_schema
-from kdzoo.recipe.load import LoadedRecipe, load_recipe, read_json, whole_schema
+from kdzoo.recipe.library import close_suites, recipe_file, suite_file
+from kdzoo.recipe.load import LoadedRecipe, existing_recipe, load_recipe, read_json, whole_schema
 from kdzoo.recipe.merge import Layer
 from kdzoo.recipe.model import Section
 from kdzoo.recipe.schema import Schema
@@ -39,22 +40,22 @@ SHARED = (
 
 
 class Suite(Section):
-    """What is compared. Paths are relative to the suite's file."""
+    """The recipes to compare. Paths are relative to the suite's file; kdzoo's own recipes are also found by name."""
 
     title: str
     description: str = ""
     pairs: list[str] = Field(min_length=1)
-    """Recipes of pairs; each is put on every recipe, and has its own tables."""
+    """Recipes of pairs. Each is merged over every recipe, and has its own tables in the report."""
     baseline: str
     """The recipe that the others are compared with: the student on the data alone."""
     recipes: list[str] = Field(min_length=1)
-    """In the order of the report. A recipe's name is that of its file."""
+    """Recipes in the order of the report. A recipe's name is the name of its file."""
     against: dict[str, str] = Field(default_factory=dict)
-    """Recipes that are compared with another one than the baseline, by name."""
+    """By name: recipes that are compared with a recipe other than the baseline."""
     seeds: list[int] = Field(min_length=1)
-    """Training seeds: the student's random weights, the order of the rows, what losses draw."""
+    """Training seeds. A seed sets the student's random weights, the order of the rows, and what losses draw."""
     patch: dict[str, Any] = Field(default_factory=dict)
-    """Merged over every recipe."""
+    """A JSON Merge Patch over every recipe."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +106,14 @@ def load_suite(
     loose: Sequence[Path] = (),
     seeds: Sequence[int] = (),
 ) -> LoadedSuite:
-    """The suite at `path`. `on` and `seeds` take the place of its own pairs and seeds; `sets` go over every recipe.
+    """The suite at `path`, or of that name. `on` and `seeds` take the place of its own pairs and seeds; `sets` go over
+    every recipe.
 
     Raises RecipeError: one line per fault, of the suite or of its recipes.
     """
+    path = _existing(path)
     suite = _read_suite(path)
-    pairs = list(on) or [_beside(path, name) for name in suite.pairs]
+    pairs = [existing_recipe(pair) for pair in on] or [_next_to(path, name) for name in suite.pairs]
     recipes = _named(path, [suite.baseline, *suite.recipes])
     _check_names(path, suite, recipes)
     schema_of = cache(whole_schema)
@@ -138,6 +141,13 @@ def suite_schema() -> dict[str, Any]:
     }
 
 
+def _existing(path: Path) -> Path:
+    file = suite_file(str(path))
+    if file is None:
+        raise RecipeError(f"{path}: no such suite{close_suites(path)}")
+    return file
+
+
 def _read_suite(path: Path) -> Suite:
     content = read_json(path)
     content.pop("$schema", None)
@@ -158,24 +168,27 @@ def _faults(error: ValidationError) -> Iterator[str]:
             yield f"{at}: {fault['msg'][0].lower()}{fault['msg'][1:]}"
 
 
-def _beside(path: Path, name: str) -> Path:
-    return Path(os.path.normpath(path.parent / name))
+def _next_to(path: Path, name: str) -> Path:
+    """A recipe that a suite names. Whoever loads one that does not exist says so."""
+    return recipe_file(name, path.parent) or Path(os.path.normpath(path.parent / name))
 
 
 def _named(path: Path, recipes: Sequence[str]) -> dict[str, Path]:
     """Files by their names; one that stands twice is one."""
     named: dict[str, Path] = {}
     for recipe in recipes:
-        file = _beside(path, recipe)
+        file = _next_to(path, recipe)
         if named.setdefault(file.stem, file) != file:
-            raise RecipeError(f"{path}: recipes: '{named[file.stem]}' and '{file}' have one name; rename one")
+            raise RecipeError(f"{path}: recipes: '{named[file.stem]}' and '{file}' have the same name; rename one")
     return named
 
 
 def _check_names(path: Path, suite: Suite, recipes: Mapping[str, Path]) -> None:
     for name in [*suite.against, *suite.against.values()]:
         if name not in recipes:
-            raise RecipeError(f"{path}: against: '{name}' is none of the recipes{did_you_mean(name, recipes)}")
+            raise RecipeError(
+                f"{path}: against: '{name}' is not one of the suite's recipes{did_you_mean(name, recipes)}"
+            )
 
 
 def _cell(
@@ -214,8 +227,8 @@ def _check_shared(cells: Sequence[Cell], baseline: str) -> None:
         for address in SHARED:
             if _at(cell.loaded.resolved, address) != _at(base.loaded.resolved, address):
                 faults.append(
-                    f"{cell.loaded.path} on '{cell.pair}': {'.'.join(address)}: is not that of '{baseline}'; students "
-                    "of one comparison have the same models, data and budget: set it in the suite's 'patch'"
+                    f"{cell.loaded.path} on '{cell.pair}': {'.'.join(address)}: differs from that of '{baseline}'; all "
+                    "students of a comparison share models, data and budget; set it in the suite's 'patch'"
                 )
     if faults:
         raise RecipeError("\n".join(faults))
@@ -231,8 +244,8 @@ def _check_apart(cells: Sequence[Cell]) -> None:
         same = first.setdefault(cell.key, cell)
         if same is not cell:
             faults.append(
-                f"{cell.loaded.path} on '{cell.pair}': is the same run as '{same.recipe}'; what sets them apart is "
-                "overridden by the pair, the suite's 'patch' or '--set'"
+                f"{cell.loaded.path} on '{cell.pair}': is the same run as '{same.recipe}'; the pair, the suite's "
+                "'patch' or '--set' overrides what differs between them; remove one"
             )
     if faults:
         raise RecipeError("\n".join(faults))

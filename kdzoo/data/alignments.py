@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from kdzoo.api.aligner import Aligner, Alignment, Tokens
 from kdzoo.cache import cached_folder
-from kdzoo.plugin.contracts import Aligner, Alignment, Tokens
 
 FILE = "alignments.npz"
 

@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kdzoo.api.aligner import Alignment, Tokens
+from kdzoo.api.batch import Batch, Side
 from kdzoo.data.encode import Encoded, Encoder
 from kdzoo.data.rows import Row
 from kdzoo.data.template import prompt_of
 from kdzoo.errors import DataError
-from kdzoo.plugin.contracts import Alignment, Tokens
-from kdzoo.step.batch import Batch, Side
 
 Align = Callable[[Sequence[Tokens], Sequence[Tokens]], Sequence[Alignment]]
 """The alignments of many responses: the student's tokens of each, the teacher's."""
@@ -142,7 +142,7 @@ class _Scored:
         return Side(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            rows=packed,
+            positions=packed,
             labels=flat[packed + 1],
             inputs=flat[packed],
             sample=packed // width,
@@ -165,7 +165,7 @@ def _pairs(examples: Sequence[Example], student: _Scored | None, teacher: _Score
 def _stand_in(pad_id: int) -> Side:
     none = torch.zeros(0, dtype=torch.long)
     input_ids = torch.full((1, 2), pad_id)
-    return Side(input_ids, torch.ones_like(input_ids), rows=none, labels=none, inputs=none, sample=none, span=none)
+    return Side(input_ids, torch.ones_like(input_ids), positions=none, labels=none, inputs=none, sample=none, span=none)
 
 
 def _encode(rows: Sequence[Row], encoder: Encoder, address: str) -> list[Encoded]:
@@ -175,12 +175,12 @@ def _encode(rows: Sequence[Row], encoder: Encoder, address: str) -> list[Encoded
     if silent:
         count = "1 row has" if len(silent) == 1 else f"{len(silent)} rows have"
         why = (
-            "its response is empty; leave it out"
+            "has an empty response; remove it"
             if not silent[0].references[0]
-            else f"its prompt fills 'data.max_length' {encoder.data.max_length}; raise it, or lower "
-            f"'data.max_prompt_length' {encoder.data.max_prompt_length}"
+            else f"has a prompt as long as 'data.max_length' ({encoder.data.max_length} tokens); raise it, or lower "
+            f"'data.max_prompt_length' ({encoder.data.max_prompt_length})"
         )
-        raise DataError(f"{address}: {count} no response token; of the first, '{silent[0].id}', {why}")
+        raise DataError(f"{address}: {count} no response token; the first, '{silent[0].id}', {why}")
     return encoded
 
 

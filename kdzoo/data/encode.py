@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-
-from tokenizers import Encoding
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from kdzoo.recipe.model import Data
+
+if TYPE_CHECKING:  # a worker that collates has no use for transformers, which takes a second to import
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)

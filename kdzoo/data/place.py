@@ -1,4 +1,4 @@
-"""Places that recipes name: variables expanded, folders told from hub names, hub names fetched."""
+"""Places that recipes name: variables expanded, folders distinguished from hub names, hub names fetched."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdzoo.errors import KdzooError, did_you_mean
-from kdzoo.quiet import quiet
+from kdzoo.quiet import quiet_hub
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)\})")
 
@@ -19,7 +19,7 @@ def expand(text: str, address: str, fault: type[KdzooError]) -> str:
     def value(match: re.Match[str]) -> str:
         name = match[1] or match[2]
         if name not in os.environ:
-            raise fault(f"{address}: '{text}' needs the environment variable '{name}', which is not set; set it")
+            raise fault(f"{address}: '{text}' needs the environment variable '{name}', which is not set; export it")
         return os.environ[name]
 
     return str(Path(_VARIABLE.sub(value, text)).expanduser()) if text.startswith("~") else _VARIABLE.sub(value, text)
@@ -51,11 +51,11 @@ def hub_folder(name: str, revision: str | None, patterns: Sequence[str], address
     from huggingface_hub import snapshot_download
 
     try:
-        with quiet():
+        with quiet_hub():
             return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:  # the hub's client raises a dozen kinds: network, access, names, revisions
         raise fault(
-            f"{address}: '{name}' is no local folder and cannot be fetched from the hub ({one_line(error)}); "
+            f"{address}: '{name}' is not a local folder and cannot be fetched from the hub ({one_line(error)}); "
             "check the name, the network and your access, or give a local folder"
         ) from error
 

@@ -33,9 +33,9 @@ def load_rows(source: Source, address: str) -> list[Row]:
     """
     given = [kind for kind in ROW_SOURCES if getattr(source, kind) is not None]
     if len(given) != 1:
-        said = "none of them is there" if not given else f"'{given[0]}' and '{given[1]}' are both there"
+        what = "no source of rows is given" if not given else f"'{given[0]}' and '{given[1]}' are both given"
         known = ", ".join(f"'{kind}'" for kind in ROW_SOURCES)
-        raise DataError(f"{address}: rows come from one of {known}, but {said}; give one")
+        raise DataError(f"{address}: {what}; give exactly one of {known}")
     if source.lab is not None:
         origin = f"lab '{source.lab}'"
         found: Iterable[Mapping[str, Any]] = _lab(source.lab, source.limit, address)
@@ -52,7 +52,7 @@ def load_rows(source: Source, address: str) -> list[Row]:
         for number, content in enumerate(islice(found, source.limit), start=1)
     ]
     if not rows:
-        raise DataError(f"{address}: {origin} has no rows")
+        raise DataError(f"{address}: {origin} contains no rows; give another source")
     return rows
 
 
@@ -73,9 +73,9 @@ def _jsonl(path: Path, address: str) -> Iterator[Mapping[str, Any]]:
             try:
                 content = json.loads(line.decode("utf-8-sig"))
             except ValueError as error:  # both broken JSON and broken UTF-8
-                raise DataError(f"{address}: '{path}' line {number} is not JSON ({error})") from error
+                raise DataError(f"{address}: '{path}' line {number} is not JSON ({error}); correct the line") from error
             if not isinstance(content, dict):
-                raise DataError(f"{address}: '{path}' line {number} is not a JSON object")
+                raise DataError(f"{address}: '{path}' line {number} is not a JSON object; write one object per line")
             yield content
 
 
@@ -107,19 +107,23 @@ def _row(content: Mapping[str, Any], number: int, fields: Fields, origin: str, a
     def text(value: Any, field: str) -> str:
         if not isinstance(value, str):
             raise DataError(
-                f"{address}: field '{field}' of row {number} in {origin} is {type(value).__name__}, not text"
+                f"{address}: field '{field}' of row {number} in {origin} is {type(value).__name__}, not text; "
+                "name another column or correct the row"
             )
         if not _encodes(value):
             raise DataError(
-                f"{address}: field '{field}' of row {number} in {origin} holds half of a surrogate pair; "
-                "mend the row or leave it out"
+                f"{address}: field '{field}' of row {number} in {origin} contains half of a surrogate pair; "
+                "correct the row or remove it"
             )
         return value
 
     response = read(fields.response, "response")
     references = response if isinstance(response, list) else [response]
     if not references:
-        raise DataError(f"{address}: field '{fields.response}' of row {number} in {origin} is an empty list")
+        raise DataError(
+            f"{address}: field '{fields.response}' of row {number} in {origin} is an empty list; "
+            "give at least one response"
+        )
     given_input = read(fields.input, "input") if fields.input else None
     return Row(
         id=str(content.get("id", number)),

@@ -53,8 +53,8 @@ def plan(examples: int, stage: Stage, rank: int, ranks: int, seed: int, address:
     """
     if (stage.steps is None) == (stage.epochs is None):
         both = stage.steps is not None
-        said = "both 'steps' and 'epochs' are there" if both else "neither 'steps' nor 'epochs' is there"
-        raise RecipeError(f"{address}: {said}; give one (null takes an inherited one away)")
+        what = "both 'steps' and 'epochs' are given" if both else "neither 'steps' nor 'epochs' is given"
+        raise RecipeError(f"{address}: {what}; give exactly one (null removes an inherited one)")
     micro_batch = micro_batch_of(stage, ranks, address)
     steps_per_epoch = math.ceil(examples / stage.batch)
     steps = stage.steps if stage.steps is not None else math.ceil((stage.epochs or 0) * steps_per_epoch)
@@ -75,7 +75,7 @@ def micro_batch_of(stage: Stage, ranks: int, address: str) -> int:
     """Sequences per forward pass. The recipe fixes the batch: a split that does not come out even is refused."""
     if stage.batch % ranks:
         raise RecipeError(
-            f"{address}.batch: {stage.batch} sequences do not split over {ranks} ranks; "
+            f"{address}.batch: {stage.batch} sequences cannot be divided among {ranks} ranks; "
             f"run on {_listed(_divisors(stage.batch))} ranks, or change the batch"
         )
     share = stage.batch // ranks
@@ -84,7 +84,7 @@ def micro_batch_of(stage: Stage, ranks: int, address: str) -> int:
     if share % stage.micro_batch:
         raise RecipeError(
             f"{address}.micro_batch: {stage.micro_batch} on {ranks} {'rank' if ranks == 1 else 'ranks'} does "
-            f"not divide a batch of {stage.batch}; {_listed(_divisors(share))} fits"
+            f"not divide a batch of {stage.batch}; use {_listed(_divisors(share))}"
         )
     return stage.micro_batch
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kdzoo.data.place import one_line
 from kdzoo.errors import DataError, did_you_mean
-from kdzoo.quiet import quiet
+from kdzoo.quiet import quiet_hub
 
 VARIABLE = "KDZOO_DATA"
 
@@ -38,23 +38,23 @@ def set_file(name: str, address: str) -> Path:
     """The JSONL file of a set: that of $KDZOO_DATA where it is there, else the hub's. Raises DataError."""
     if name not in SETS:
         raise DataError(
-            f"{address}: '{name}' is none of the known sets ({', '.join(SETS)}){did_you_mean(name, SETS)}; name one"
+            f"{address}: unknown evaluation set '{name}'{did_you_mean(name, SETS)}; known are {', '.join(SETS)}"
         )
     known = SETS[name]
     place = os.environ.get(VARIABLE)
     own = None if place is None else Path(place).expanduser() / known.file
     if own is not None and own.is_file():
         return own
-    told = f"${VARIABLE} is not set" if own is None else f"'{own}' is not there"
+    missing = f"${VARIABLE} is not set" if own is None else f"'{own}' does not exist"
     if known.hub is None:
-        raise DataError(f"{address}: {told}, and '{name}' is not on the hub; put it at ${VARIABLE}/{known.file}")
+        raise DataError(f"{address}: {missing}, and '{name}' is not on the hub; save it as ${VARIABLE}/{known.file}")
     from huggingface_hub import hf_hub_download
 
     try:
-        with quiet():
+        with quiet_hub():
             return Path(hf_hub_download(known.hub, known.hub_file, repo_type="dataset"))
     except Exception as error:  # the hub's client raises a dozen kinds: network, access, names
         raise DataError(
-            f"{address}: {told}, and '{known.hub}' cannot be fetched from the hub ({one_line(error)}); put the "
-            f"file at ${VARIABLE}/{known.file}, or mend the network"
+            f"{address}: {missing}, and '{known.hub}' cannot be fetched from the hub ({one_line(error)}); save the "
+            f"file as ${VARIABLE}/{known.file}, or check the network"
         ) from error

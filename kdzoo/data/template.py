@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
 
 from kdzoo.data.place import one_line
 from kdzoo.data.rows import Row
 from kdzoo.errors import DataError
 from kdzoo.recipe.model import Template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def prompt_of(row: Row, template: Template, tokenizer: PreTrainedTokenizerFast) -> str:
@@ -28,7 +31,9 @@ def _filled(key: str, form: str, **parts: str) -> str:
     places = {name: form.find("{" + name + "}") for name in parts}
     missing = [name for name, place in places.items() if place < 0]
     if missing:
-        raise DataError(f"data.template.{key}: has no '{{{missing[0]}}}'; every row would lose its {missing[0]}")
+        raise DataError(
+            f"data.template.{key}: has no '{{{missing[0]}}}', so that every row would lose its {missing[0]}; add it"
+        )
     filled, end = [], 0
     for name in sorted(parts, key=places.__getitem__):
         filled += [form[end : places[name]], parts[name]]
@@ -49,7 +54,8 @@ def _chat(row: Row, tokenizer: PreTrainedTokenizerFast) -> str:
         )
     except Exception as error:  # the template is a program of its author's
         raise DataError(
-            f"data.template.chat: the chat template of '{tokenizer.name_or_path}' fails ({one_line(error)})"
+            f"data.template.chat: the chat template of '{tokenizer.name_or_path}' fails ({one_line(error)}); "
+            "set it to false, or choose another tokenizer"
         ) from error
     assert isinstance(prompt, str)
     return prompt

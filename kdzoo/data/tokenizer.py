@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from kdzoo.api.models import Vocabulary
 from kdzoo.data.place import hub_folder, local_folder, one_line
 from kdzoo.errors import KdzooError, ModelError
-from kdzoo.plugin.contracts import Lexicon
 from kdzoo.quiet import quiet
 
 LAB = "lab:"
@@ -40,10 +40,10 @@ def load_tokenizer(
     folder = _folder(str(name), address, revision)
     try:
         with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # every tokenizer class has its own way to fail on a file that it lacks
         raise ModelError(
-            f"{address}: '{name}' holds no tokenizer that can be loaded ({one_line(error)}); a folder needs "
+            f"{address}: no tokenizer can be loaded from '{name}' ({one_line(error)}); a folder needs "
             "'tokenizer.json', or 'vocab.json' and 'merges.txt', with a configuration"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -53,7 +53,7 @@ def load_tokenizer(
         )
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"{address}: the tokenizer '{name}' has no end-of-sequence token; name one as 'eos_token' in its "
+            f"{address}: the tokenizer '{name}' has no end-of-sequence token; set 'eos_token' in its "
             "'tokenizer_config.json'"
         )
     if tokenizer.pad_token_id is None:
@@ -77,13 +77,13 @@ def same_tokens(a: PreTrainedTokenizerFast, b: PreTrainedTokenizerFast) -> bool:
     )
 
 
-def lexicon(tokenizer: PreTrainedTokenizerFast) -> Lexicon:
+def vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
     """What every token says after other text; by decoding, so that it does not matter how entries are spelt."""
     before = tokenizer("x", add_special_tokens=False)["input_ids"]
     decode = tokenizer.backend_tokenizer.decode_batch
     start, *texts = decode([before, *([*before, token] for token in range(len(tokenizer)))], skip_special_tokens=False)
     assert isinstance(tokenizer.eos_token_id, int)
-    return Lexicon(
+    return Vocabulary(
         tuple(text.removeprefix(start) for text in texts), frozenset(tokenizer.all_special_ids), tokenizer.eos_token_id
     )
 
@@ -110,11 +110,11 @@ def _tokens_by_text(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
     No tokenizer spells a letter by its byte where it has the letter: `<0x41>` comes after "A".
     """
-    told = lexicon(tokenizer)
-    spelt = tokenizer.convert_ids_to_tokens(list(range(len(told.texts))))
-    tokens = [t for t, text in enumerate(told.texts) if text and "\ufffd" not in text and t not in told.special]
+    known = vocabulary(tokenizer)
+    spelt = tokenizer.convert_ids_to_tokens(list(range(len(known.texts))))
+    tokens = [t for t, text in enumerate(known.texts) if text and "\ufffd" not in text and t not in known.special]
     tokens.sort(key=lambda token: (spelt[token].startswith("<0x"), token), reverse=True)
-    return {told.texts[token]: token for token in tokens} | {"": told.end}
+    return {known.texts[token]: token for token in tokens} | {"": known.end}
 
 
 def tokens_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from torch import Tensor
+
+from kdzoo.engine.deepspeed_private import forget_module, shard_of
 
 
 def close_engine(engine: DeepSpeedEngine) -> None:
@@ -20,9 +21,8 @@ def close_engine(engine: DeepSpeedEngine) -> None:
     # Hooks that torch holds keep the optimizer alive for good: the states, buffers and shards in it go one by one.
     _empty(vars(optimizer) if optimizer is not None else {}, set())
     for parameter in module.parameters():
-        _empty([parameter, vars(parameter).get("ds_tensor")], set())
-    # DeepSpeed keeps every module that it ever sharded on this list, and with it the weights.
-    FWD_MODULE_STACK[:] = [kept for kept in FWD_MODULE_STACK if kept is not module]
+        _empty([parameter, shard_of(parameter)], set())
+    forget_module(module)
 
 
 def _empty(value: Any, seen: set[int]) -> None:

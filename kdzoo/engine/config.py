@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
+from kdzoo.engine.deepspeed_private import ZeroConfig
 from kdzoo.errors import RecipeError, did_you_mean
 from kdzoo.recipe.merge import merge_patch
 from kdzoo.recipe.model import Recipe, Stage
@@ -42,11 +42,11 @@ def check_zero(recipe: Recipe) -> None:
     for name, stage in recipe.stages.items():
         zero = merge_patch(recipe.deepspeed, stage.deepspeed).get("zero_optimization", {})
         try:
-            DeepSpeedZeroConfig(**zero)
+            ZeroConfig(**zero)
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"]))
-            hint = did_you_mean(key, DeepSpeedZeroConfig.model_fields) if first["type"] == "extra_forbidden" else ""
+            hint = did_you_mean(key, ZeroConfig.model_fields) if first["type"] == "extra_forbidden" else ""
             raise RecipeError(
                 f"deepspeed.zero_optimization.{key}: DeepSpeed refuses it ({first['msg'].lower()}){hint} (in '{name}')"
             ) from error

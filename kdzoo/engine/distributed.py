@@ -64,9 +64,9 @@ def run_on_ranks(ranks: int, work: Callable[[], int]) -> int:
         with socket.socket() as probe:  # any free port: two runs on one machine must not meet
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(port)
-        return work()
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        with _environment(alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}):
+            return work()
     if torch.cuda.is_available() and ranks > torch.cuda.device_count():
         raise KdzooError(f"--ranks: {ranks} ranks on {torch.cuda.device_count()} GPUs; at most one rank per GPU")
     from torch.distributed.elastic.agent.server.api import SignalException
@@ -77,7 +77,7 @@ def run_on_ranks(ranks: int, work: Callable[[], int]) -> int:
     for name in tuple(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // ranks))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -90,7 +90,8 @@ def run_on_ranks(ranks: int, work: Callable[[], int]) -> int:
         monitor_interval=0.2,
     )
     try:
-        codes = elastic_launch(config, _as_a_process)(work)
+        with _environment({"OMP_NUM_THREADS": threads}), _signal_handlers():
+            codes = elastic_launch(config, _as_a_process)(work)
     except ChildFailedError as failed:
         found = [failure.exitcode for failure in failed.failures.values()]
         return next((code for code in found if code > 0), found[0])
@@ -99,6 +100,34 @@ def run_on_ranks(ranks: int, work: Callable[[], int]) -> int:
             raise KeyboardInterrupt from None
         return 128 + signalled.sigval
     return max(codes.values())
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """These variables within the block, and afterwards what they were before: a later call is not taken for a rank."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ |= variables
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _signal_handlers() -> Iterator[None]:
+    """After the block what they were before it: torch's launcher sets its own, for which ctrl-C is no interrupt."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is not handler:  # never in a thread, where torch sets none and we may not
+                signal.signal(number, handler)
 
 
 def _as_a_process(work: Callable[[], int]) -> int:
@@ -129,8 +158,13 @@ def start() -> torch.device:
 
 
 def stop() -> None:
+    """Undo `start`. DeepSpeed forgets the groups that it made: a later `start` in this process makes its own."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        import deepspeed
+
+        deepspeed.comm.destroy_process_group()
+    if not torch.cuda.is_available():
+        torch.set_flush_denormal(False)
 
 
 def lost_a_rank(error: Exception) -> bool:

@@ -12,39 +12,42 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kdzoo.adapters import add_adapter
+from kdzoo.api.batch import Side
+from kdzoo.api.fusion import Fusion
+from kdzoo.api.head import Head
+from kdzoo.api.model_adapter import ModelAdapter
+from kdzoo.api.models import ModelInfo
 from kdzoo.engine.close import close_engine
 from kdzoo.engine.config import zero_stage
+from kdzoo.engine.deepspeed_private import is_partitioned, whole_shape
 from kdzoo.engine.loading import load_model
-from kdzoo.plugin.contracts import Anatomy, Fusion, ModelFacts
-from kdzoo.step.batch import Side
+from kdzoo.lora import add_adapter
 from kdzoo.step.capture import NO_FUSIONS, capture
-from kdzoo.step.head import Head
 
 
 class _Sites(nn.Module):
     """The model with its captured sites as its output, so that one engine call is one forward pass."""
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, fusions: Mapping[str, Fusion]) -> None:
+    def __init__(self, model: nn.Module, model_adapter: ModelAdapter, fusions: Mapping[str, Fusion]) -> None:
         super().__init__()
         self.model = model
-        self._anatomy = anatomy
+        self._model_adapter = model_adapter
         self._fusions = fusions
 
     def forward(self, *, side: Side, sites: Iterable[str]) -> dict[str, Tensor]:
-        return capture(self.model, self._anatomy, side, sites, self._fusions)
+        return capture(self.model, self._model_adapter, side, sites, self._fusions)
 
 
 class FrozenModel:
     """A causal language model without gradients, in an engine of its own if `config` shards parameters.
 
-    `adapter`: a folder of LoRA weights that stay beside its own.
+    `adapter`: a folder of LoRA weights that are not merged into its own.
     """
 
     def __init__(
         self,
         folder: Path,
-        anatomies: Mapping[str, Anatomy],
+        model_adapters: Mapping[str, ModelAdapter],
         precision: str,
         config: dict[str, Any],
         device: torch.device,
@@ -52,15 +55,15 @@ class FrozenModel:
         adapter: Path | None = None,
     ) -> None:
         self.model = load_model(folder, precision, config, device)
-        self.anatomy = anatomies[self.model.config.model_type]
-        self.head: Head = self.anatomy.head(self.model)
+        self.model_adapter = model_adapters[self.model.config.model_type]
+        self.head: Head = self.model_adapter.head(self.model)
         if adapter is not None:
-            self.model = add_adapter(self.model, self.anatomy, adapter, f"model {folder}")
+            self.model = add_adapter(self.model, self.model_adapter, adapter, f"model {folder}")
         self.model.requires_grad_(False).eval()
-        self.facts = model_facts(self.model, self.anatomy)
+        self.info = model_info(self.model, self.model_adapter)
         self.device = device
         self.partitioned = zero_stage(config) == 3
-        self._call: Any = _Sites(self.model, self.anatomy, fusions)
+        self._call: Any = _Sites(self.model, self.model_adapter, fusions)
         if self.partitioned:
             self._call = deepspeed.initialize(model=self._call, config=config)[0]
             self._call.eval()
@@ -83,17 +86,8 @@ def gather(parameters: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
     return deepspeed.zero.GatheredParameters(list(parameters))
 
 
-def is_partitioned(parameter: nn.Parameter) -> bool:
-    return deepspeed.runtime.zero.partition_parameters.is_zero_param(parameter)
-
-
-def whole_shape(parameter: nn.Parameter) -> Sequence[int]:
-    """The parameter's own shape, also where only a shard of it is here."""
-    return parameter.ds_shape if is_partitioned(parameter) else parameter.shape  # type: ignore[attr-defined]
-
-
-def model_facts(model: PreTrainedModel, anatomy: Anatomy) -> ModelFacts:
+def model_info(model: PreTrainedModel, model_adapter: ModelAdapter) -> ModelInfo:
     """Sizes, from the configuration and the (possibly partitioned) head."""
-    weight = anatomy.head(model).weight
+    weight = model_adapter.head(model).weight
     vocabulary, width = whole_shape(weight)
-    return ModelFacts(int(width), int(vocabulary), len(anatomy.blocks(model)), model.config.model_type)
+    return ModelInfo(int(width), int(vocabulary), len(model_adapter.blocks(model)), model.config.model_type)

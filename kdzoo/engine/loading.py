@@ -26,7 +26,9 @@ def load_model(folder: Path, precision: str, config: dict[str, Any] | None, devi
         alive = HfDeepSpeedConfig(config)
     try:
         with quiet():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[precision])
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=DTYPES[precision], trust_remote_code=False
+            )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"model {folder}: cannot be loaded ({first}); it must be a Hugging Face folder") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 
-import deepspeed
+from kdzoo.engine.deepspeed_private import leave_out_shared_memory
 
 
 def calm_deepspeed() -> None:
@@ -14,5 +14,4 @@ def calm_deepspeed() -> None:
     warnings.filterwarnings("ignore", module="deepspeed")
     # Names of collectives that newer torch deprecates and DeepSpeed still calls.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    # Shared memory serves its all-reduce on CPUs. ZeRO-3 hardly uses one, and building it takes half a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    leave_out_shared_memory()

@@ -14,13 +14,17 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from transformers import get_scheduler
 
+from kdzoo.api.batch import Batch
+from kdzoo.api.head import Head
+from kdzoo.api.model_adapter import ModelAdapter
 from kdzoo.engine.close import close_engine
 from kdzoo.engine.config import zero_stage
+from kdzoo.engine.deepspeed_private import gathered_state, whole_shape
 from kdzoo.engine.distributed import summed, world
-from kdzoo.engine.frozen import FrozenModel, gather, whole_shape
+from kdzoo.engine.frozen import FrozenModel, gather
 from kdzoo.recipe.model import LossSlot, Stage
-from kdzoo.step.batch import Batch
 from kdzoo.step.distiller import Distiller, teacher_sites
+from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report
 
 
@@ -31,6 +35,7 @@ class StudentEngine:
         self,
         distiller: Distiller,
         teacher: FrozenModel | None,
+        teacher_head: Head | None,
         stage: Stage,
         losses: Mapping[str, LossSlot],
         steps: int,
@@ -39,6 +44,7 @@ class StudentEngine:
     ) -> None:
         self.distiller = distiller
         self.teacher = teacher
+        self.teacher_head = teacher_head
         self.device = device
         self.accumulation = int(config["gradient_accumulation_steps"])
         self._losses = losses
@@ -46,7 +52,7 @@ class StudentEngine:
         self._stage_3 = zero_stage(config) == 3
         # Without sharding and in float32 DeepSpeed keeps no gradient norm.
         self._plain = zero_stage(config) == 0 and not config.get("bf16", {}).get("enabled", False)
-        self._sites = teacher_sites(distiller.slots)
+        self._sites = teacher_sites(distiller.terms)
         optimizer = torch.optim.AdamW(parameter_groups(distiller, stage, losses), lr=stage.lr, betas=stage.betas)
         name = "constant_with_warmup" if stage.schedule == "constant" else stage.schedule
         scheduler = get_scheduler(name, optimizer, num_warmup_steps=stage.warmup, num_training_steps=steps)
@@ -81,7 +87,12 @@ class StudentEngine:
         if not self._plain:
             norm = self.engine.get_global_grad_norm()
         lr = self.engine.get_lr()[0]
-        return {"loss": summed({"loss": total}, self.device)["loss"], **merged(report, self.device)} | {
+        found = merged(report, self.device)
+        for term in self.distiller.terms:
+            own = f"{term.name}/"
+            names = [name for name in (*report.terms, *report.watched) if name.startswith(own) and name in found]
+            term.loss.after_step({name.removeprefix(own): found[name] for name in names})
+        return {"loss": summed({"loss": total}, self.device)["loss"], **found} | {
             "gradient_norm": float(norm) if norm is not None else float("nan"),
             "lr": float(lr),
         }
@@ -101,18 +112,16 @@ class StudentEngine:
         if self.teacher is not None:
             assert batch.teacher is not None
             sites = self.teacher.sites(batch.teacher, self._sites)
-        head = None if self.teacher is None else self.teacher.head
-        return self.engine(batch=batch, teacher=sites, teacher_head=head, weights=weights, report=report, apart=apart)
+        return self.engine(
+            batch=batch, teacher=sites, teacher_head=self.teacher_head, weights=weights, report=report, apart=apart
+        )
 
     def state(self, prefix: str, trained_only: bool = False) -> dict[str, Tensor]:
-        """The weights under `prefix` (`student.`, `losses.<slot>.`), whole, on rank 0's CPU.
+        """The weights under `prefix` (`student.`, `losses.<term>.`), whole, on rank 0's CPU.
 
-        `trained_only` leaves out what an adapter stands beside.
+        `trained_only` leaves out the frozen weights under an adapter.
         """
-        if self._stage_3:
-            whole = self.engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=trained_only) or {}
-        else:
-            whole = self.distiller.state_dict()
+        whole = gathered_state(self.engine, trained_only) if self._stage_3 else self.distiller.state_dict()
         if trained_only:
             trained = {name for name, parameter in self.distiller.named_parameters() if parameter.requires_grad}
             whole = {name: value for name, value in whole.items() if name in trained}
@@ -136,14 +145,14 @@ class StudentEngine:
 
 
 def build_distiller(
-    student: nn.Module | None, anatomy: Any, slots: Sequence[Any], entries: int | None = None
+    student: nn.Module | None, model_adapter: ModelAdapter | None, head: Head | None, terms: Sequence[LossTerm]
 ) -> Distiller:
     """The module that trains, whose pass gathers the frozen teacher's partitioned head when it needs it."""
-    return Distiller(student, anatomy, slots, gather=gather, entries=entries)
+    return Distiller(student, model_adapter, head, terms, gather=gather)
 
 
 def parameter_groups(distiller: Distiller, stage: Stage, losses: Mapping[str, LossSlot]) -> list[dict[str, Any]]:
-    """The student's parameters at the stage's rate, each slot's at its own; vectors (norms, biases) are not decayed."""
+    """The student's parameters at the stage's rate, each loss term's at its own; vectors do not decay."""
     groups = []
     owners: list[tuple[float, Iterator[tuple[str, nn.Parameter]]]] = []
     if distiller.student is not None:
@@ -159,7 +168,7 @@ def parameter_groups(distiller: Distiller, stage: Stage, losses: Mapping[str, Lo
 
 
 def weight_at(weight: Any, step: int) -> float:
-    """A slot's weight at an optimizer step."""
+    """A loss term's weight at an optimizer step."""
     if isinstance(weight, float | int):
         return float(weight)
     return weight.start + (weight.end - weight.start) * min(1.0, step / weight.steps)

@@ -36,7 +36,7 @@ class ModelScores(TypedDict):
 
 
 HELD_OUT = "held out"
-"""What scores call the rows of `data.held_out`, beside the evaluation sets."""
+"""What scores call the rows of `data.held_out`, next to the evaluation sets."""
 
 STUDENT, COPY = "student", "copy of the input"
 """What scores call the trained student, and an answer that repeats the input."""

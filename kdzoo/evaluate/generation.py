@@ -52,7 +52,7 @@ def generate(
     Prompts keep their first `max_prompt_length` tokens, as in training. `seed` matters where `decoding`
     samples; the global random state is neither read nor moved. Nothing of the model's own generation
     configuration is used: an answer ends at the tokenizer's end-of-sequence token or after `max_new_tokens`.
-    `on_batch` is told after each batch how many prompts are done.
+    `on_batch` gets, after each batch, how many prompts are done.
 
     With `synced`, for a model partitioned over ranks, every rank must call at the same time and may bring any
     number of prompts, also none: a rank with fewer batches than another joins in with a stand-in.

@@ -24,8 +24,8 @@ from kdzoo.evaluate import ModelScores, RougeScores
 from kdzoo.evaluate.generation import generate
 from kdzoo.evaluate.rouge import mean_score, rouge_l
 from kdzoo.recipe.model import Decoding, Evaluation
-from kdzoo.step.facts import judge
-from kdzoo.step.vocabulary import CHUNK_BYTES
+from kdzoo.step.chunks import CHUNK_BYTES
+from kdzoo.step.facts import predictions
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def read_gold(
         side = chunk.teacher.to(model.device)
         hidden = model.sites(side, {"hidden.last"})["hidden.last"]
         with gather(model.head.parameters):
-            facts = judge(hidden, model.head, side.labels, CHUNK_BYTES)
+            facts = predictions(hidden, model.head, side.labels, CHUNK_BYTES)
         totals += torch.stack(
             [
                 -facts["teacher.label_logprob"].sum().double(),

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from kdzoo.api.batch import Batch, Side
+from kdzoo.api.facts import carry_by_spans
 from kdzoo.engine.distributed import summed
 from kdzoo.engine.frozen import FrozenModel, gather
 from kdzoo.evaluate import ByVerdict, ModelScores
-from kdzoo.step.batch import Batch, Side
-from kdzoo.step.facts import carry_by_spans, judge
-from kdzoo.step.vocabulary import CHUNK_BYTES
+from kdzoo.step.chunks import CHUNK_BYTES
+from kdzoo.step.facts import predictions
 
 
 @torch.no_grad()
@@ -54,4 +55,4 @@ def read_beside_teacher(student: FrozenModel, teacher: FrozenModel, batches: Ite
 def _read(model: FrozenModel, side: Side) -> dict[str, Tensor]:
     hidden = model.sites(side, {"hidden.last"})["hidden.last"]
     with gather(model.head.parameters):
-        return judge(hidden, model.head, side.labels, CHUNK_BYTES)
+        return predictions(hidden, model.head, side.labels, CHUNK_BYTES)

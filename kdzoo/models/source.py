@@ -27,14 +27,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
-from kdzoo.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, add_adapter, merge_adapter
+from kdzoo.api.model_adapter import ModelAdapter
 from kdzoo.cache import cached_folder
 from kdzoo.data.place import existing_file, hub_folder, local_folder, one_line
 from kdzoo.data.tokenizer import TOKENIZER_FILES, load_tokenizer, tokens_fingerprint
 from kdzoo.errors import ModelError, did_you_mean
-from kdzoo.plugin.contracts import Anatomy
+from kdzoo.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, add_adapter, merge_adapter
 from kdzoo.quiet import quiet
 from kdzoo.recipe.model import ModelSource
+from kdzoo.transformers_private import take_off_quantisation
 
 WEIGHTS = "model.safetensors"
 SHARDS = "model.safetensors.index.json"
@@ -68,19 +69,19 @@ def resolve_model(
     role: Literal["student", "teacher"],
     *,
     teacher_folder: Path | None,
-    anatomies: Mapping[str, Anatomy],
+    model_adapters: Mapping[str, ModelAdapter],
     address: str,
 ) -> LocalModel:
     """Find or make the folder of a model.
 
-    `teacher_folder` is what a student with `layers` is cut from, `anatomies` are by `model_type`. Raises
+    `teacher_folder` is what a student with `layers` is cut from, `model_adapters` are by `model_type`. Raises
     `ModelError`, one line that begins with `address` (`student`) or a key under it.
     """
     given = [kind for kind in KINDS if getattr(source, kind) is not None]
     if len(given) != 1:
-        said = "none of them is there" if not given else f"'{given[0]}' and '{given[1]}' are both there"
+        what = "no source of the model is given" if not given else f"'{given[0]}' and '{given[1]}' are both given"
         known = ", ".join(f"'{kind}'" for kind in KINDS)
-        raise ModelError(f"{address}: a model comes from one of {known}, but {said}; give one (null takes one away)")
+        raise ModelError(f"{address}: {what}; give exactly one of {known} (null removes an inherited one)")
     hub = apart = None
     if source.name is not None:
         folder, hub = _named(source.name, source.revision, f"{address}.name")
@@ -98,7 +99,7 @@ def resolve_model(
         description = f"{source.config.get('model_type')} with random weights (seed {source.seed})"
     else:
         assert source.layers is not None
-        folder = _cut(source.layers, role, teacher_folder, anatomies, f"{address}.layers")
+        folder = _cut(source.layers, role, teacher_folder, model_adapters, f"{address}.layers")
         description = f"blocks {', '.join(map(str, source.layers))} of the teacher"
     if source.adapter is not None:
         where = f"{address}.adapter.name"
@@ -107,7 +108,7 @@ def resolve_model(
         if source.adapter.merge:
             folder, hub, apart = _merged(folder, apart, where), None, None
         else:
-            _check_fit(folder, apart, anatomies, where)
+            _check_fit(folder, apart, model_adapters, where)
     tokenizer = folder if source.tokenizer is None else source.tokenizer
     _check_vocabulary(folder, tokenizer, address)
     return LocalModel(folder, tokenizer, fingerprint(folder, apart), description, hub, apart)
@@ -167,7 +168,20 @@ def _named(name: str, revision: str | None, address: str) -> tuple[Path, str | N
             f"{address}: '{folder}' has no '{WEIGHTS}'; load the model with transformers and save it with "
             "'save_pretrained', which writes one"
         )
+    _check_config(folder, address)
     return folder, name if local is None and revision is None else None
+
+
+def _check_config(folder: Path, address: str) -> None:
+    """Refuse a configuration that transformers does not know, or only with code of the model's own."""
+    try:
+        with quiet():
+            AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{address}: the configuration in '{folder}' cannot be used ({one_line(error)}); give a model of a family "
+            f"that transformers {transformers.__version__} knows"
+        ) from error
 
 
 def _adapter(name: str, revision: str | None, address: str) -> Path:
@@ -184,11 +198,11 @@ def _whole_adapter(folder: Path, address: str) -> Path:
 
 
 def _base_of(adapter: Path, address: str) -> str:
-    """What an adapter's folder says that it belongs to."""
+    """The base model that an adapter's configuration names."""
     base = json.loads((adapter / ADAPTER_CONFIG).read_text()).get("base_model_name_or_path")
     if not base:
         raise ModelError(
-            f"{address}: the adapter '{adapter}' does not say which model it belongs to; give that model here, and "
+            f"{address}: the adapter '{adapter}' does not name its base model; give the base model here, and "
             "this folder as 'adapter.name'"
         )
     return str(base)
@@ -203,18 +217,18 @@ def _merged(base: Path, adapter: Path, address: str) -> Path:
             model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
             merge_adapter(model, adapter, address).save_pretrained(folder)
             if (tokenizer / "tokenizer.json").is_file():
-                AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+                AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(folder)
 
     made_from = {"model": fingerprint(base, adapter), "peft": metadata.version("peft")}
     return cached_folder("models", {"merged": made_from}, build)
 
 
-def _check_fit(folder: Path, adapter: Path, anatomies: Mapping[str, Anatomy], address: str) -> None:
+def _check_fit(folder: Path, adapter: Path, model_adapters: Mapping[str, ModelAdapter], address: str) -> None:
     """Refuse, before anything is trained, an adapter that cannot stay beside the weights."""
     with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    if model.config.model_type in anatomies:  # else that is told, of any model
-        add_adapter(model, anatomies[model.config.model_type], adapter, address)
+    if model.config.model_type in model_adapters:  # else the check of every model refuses it
+        add_adapter(model, model_adapters[model.config.model_type], adapter, address)
 
 
 def _from_package(package: str, address: str) -> Path:
@@ -232,7 +246,7 @@ def _from_package(package: str, address: str) -> Path:
             module.assemble(file)
         except (OSError, ValueError, ImportError, AttributeError) as error:
             raise ModelError(
-                f"{address}: '{package}' cannot put its file together ({one_line(error)}); install it again, "
+                f"{address}: '{package}' cannot assemble its file ({one_line(error)}); install it again, "
                 "with all of its parts"
             ) from error
         _convert(file, folder, address)
@@ -260,10 +274,11 @@ def _convert(file: Path, folder: Path, address: str) -> None:
         raise ModelError(f"{address}: reading '{file.name}' needs the package 'gguf'; {GGUF_EXTRA}")
     try:
         with quiet(), redirect_stderr(StringIO()):  # its progress bar cannot be switched off
-            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-            model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-            model.hf_quantizer = None
-            del model.config.quantization_config
+            tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=torch.float32, trust_remote_code=False
+            )
+            take_off_quantisation(model)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except Exception as error:  # a broken file fails anywhere between the reader and the model
@@ -275,7 +290,7 @@ def _convert(file: Path, folder: Path, address: str) -> None:
 
 def _random(content: Mapping[str, Any], tokenizer_name: str | None, seed: int, address: str) -> Path:
     if tokenizer_name is None:
-        raise ModelError(f"{address}.tokenizer: a model with random weights has none of its own; name one")
+        raise ModelError(f"{address}.tokenizer: missing key; a model with random weights needs a tokenizer")
     tokenizer = load_tokenizer(tokenizer_name, f"{address}.tokenizer")
     config = _config_of(content, f"{address}.config")
     if "vocab_size" not in content:
@@ -310,10 +325,10 @@ def _random(content: Mapping[str, Any], tokenizer_name: str | None, seed: int, a
 def _config_of(content: Mapping[str, Any], address: str) -> PreTrainedConfig:
     """The configuration; a key that its family does not have is refused (transformers would just keep it)."""
     model_type = str(content.get("model_type"))
-    known_types = transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
+    known_types = transformers.CONFIG_MAPPING.keys()
     if model_type not in known_types:
         raise ModelError(
-            f"{address}.model_type: '{model_type}' is not a model of transformers {transformers.__version__}"
+            f"{address}.model_type: transformers {transformers.__version__} has no model type '{model_type}'"
             f"{did_you_mean(model_type, known_types)}"
         )
     plain = AutoConfig.for_model(model_type)
@@ -324,34 +339,37 @@ def _config_of(content: Mapping[str, Any], address: str) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(**content)
     except Exception as error:  # transformers' own validation has its own kinds
-        raise ModelError(f"{address}: is not a {model_type} configuration ({one_line(error)})") from error
+        raise ModelError(f"{address}: not a valid {model_type} configuration ({one_line(error)})") from error
 
 
 def _cut(
     layers: Sequence[int],
     role: str,
     teacher_folder: Path | None,
-    anatomies: Mapping[str, Anatomy],
+    model_adapters: Mapping[str, ModelAdapter],
     address: str,
 ) -> Path:
     if role == "teacher" or teacher_folder is None:
-        raise ModelError(f"{address}: only a student is cut, from its teacher; give the {role} a model of its own")
+        raise ModelError(f"{address}: only a student can be cut from its teacher; give the {role} another source")
     with quiet():
         config = AutoConfig.from_pretrained(teacher_folder)
-    if config.model_type not in anatomies:
+    if config.model_type not in model_adapters:
         raise ModelError(
-            f"{address}: no installed anatomy knows the family '{config.model_type}' of the teacher; "
-            f"known are {', '.join(sorted(anatomies))}"
+            f"{address}: no installed model adapter supports the teacher's family '{config.model_type}'; "
+            f"known are {', '.join(sorted(model_adapters))}"
         )
-    anatomy, depth = anatomies[config.model_type], config.num_hidden_layers
+    model_adapter, depth = model_adapters[config.model_type], config.num_hidden_layers
     if not layers or not all(0 <= layer < depth for layer in layers):
-        raise ModelError(f"{address}: {list(layers)} must be blocks of the teacher, which has 0 to {depth - 1}")
+        raise ModelError(
+            f"{address}: {list(layers)} contains blocks that the teacher does not have; use numbers from 0 "
+            f"to {depth - 1}"
+        )
 
     def build(folder: Path) -> None:
-        kept = dict(_kept_tensors(teacher_folder, layers, anatomy.block_prefix()))
+        kept = dict(_kept_tensors(teacher_folder, layers, model_adapter.block_prefix()))
         save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
         with quiet():
-            anatomy.cut_config(config, layers).save_pretrained(folder)
+            model_adapter.cut_config(config, layers).save_pretrained(folder)
             AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(folder)
 
     made_from = {
@@ -391,6 +409,6 @@ def _check_vocabulary(folder: Path, tokenizer_name: Path | str, address: str) ->
     used = max(tokenizer.vocab_size, cast(int, tokenizer.eos_token_id) + 1)
     if used > config.vocab_size:
         raise ModelError(
-            f"{address}: its tokenizer '{tokenizer_name}' has {used} tokens, the model '{folder}' room for "
-            f"{config.vocab_size}; give the tokenizer that belongs to it"
+            f"{address}: the tokenizer '{tokenizer_name}' has {used} tokens, but the vocabulary of the model "
+            f"'{folder}' has {config.vocab_size}; give the model's own tokenizer"
         )

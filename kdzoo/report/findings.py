@@ -30,7 +30,7 @@ class RougeRow:
 
     name: str
     seeds: int | None
-    """Trained students; none for a model that stands beside."""
+    """Trained students; none for a reference model."""
     mean: Number
     """Of the means of the sets."""
     sets: dict[str, Number]
@@ -135,7 +135,7 @@ def find(ledger: Ledger, published: Published) -> Findings:
     """Raises KdzooError where cells of a pair have seen different rows: their numbers do not compare."""
     pairs = [_pair(ledger.suite, name, pair, published.of(name)) for name, pair in ledger.pairs.items() if pair.cells]
     if not pairs:
-        raise KdzooError(f"'{ledger.suite.title}': no cell has run yet; 'kdzoo compare' runs them")
+        raise KdzooError(f"'{ledger.suite.title}': no run has finished yet; start them with 'kdzoo compare'")
     return Findings(
         ledger.suite, pairs, [ledger.suite.pairs[name] for name, pair in ledger.pairs.items() if not pair.cells]
     )
@@ -161,7 +161,9 @@ def _pair(suite: Compared, name: str, pair: PairLedger, published: Mapping[str, 
         decoded=[_decoded(decoding, suite, pair) for decoding in decodings],
         gold=_gold(suite, pair),
         costs=_costs(suite, pair),
-        published={model: score for model, score in published.items() if model in pair.cells or model in pair.beside},
+        published={
+            model: score for model, score in published.items() if model in pair.cells or model in pair.reference_models
+        },
         curves={recipe: _curve(by_seed.values()) for recipe, by_seed in pair.cells.items()},
         gradients={recipe: _gradients(by_seed.values()) for recipe, by_seed in pair.cells.items()},
     )
@@ -177,8 +179,8 @@ def _same_data(pair: str, cells: Sequence[Cell]) -> dict[str, str]:
         for source in data.keys() | cell.environment["data"].keys():
             if cell.environment["data"].get(source) != data.get(source):
                 raise KdzooError(
-                    f"{pair}: '{cell.recipe}' of seed {cell.seed} and '{first.recipe}' of seed {first.seed} have "
-                    f"seen different rows of {source}; remove one of them from the ledger and run it again"
+                    f"{pair}: '{cell.recipe}' of seed {cell.seed} and '{first.recipe}' of seed {first.seed} used "
+                    f"different rows of {source}; remove one of them from the ledger and run it again"
                 )
     return data
 
@@ -225,7 +227,11 @@ def _values(cells: Sequence[Cell], of: Callable[[Cell], str]) -> list[str]:
 
 
 def _decoded(decoding: str, suite: Compared, pair: PairLedger) -> Decoded:
-    rows = [_rouge_row(name, [model], decoding, None) for name, model in pair.beside.items() if _has(model, decoding)]
+    rows = [
+        _rouge_row(name, [model], decoding, None)
+        for name, model in pair.reference_models.items()
+        if _has(model, decoding)
+    ]
     for recipe, by_seed in pair.cells.items():
         rows.append(_rouge_row(recipe, [cell.student for cell in by_seed.values()], decoding, len(by_seed)))
     some = next(iter(next(iter(pair.cells.values())).values())).student
@@ -309,7 +315,7 @@ def _pooled(groups: Iterable[Sequence[float]]) -> float | None:
 def _gold(suite: Compared, pair: PairLedger) -> list[GoldRow]:
     compared = {recipe: (against, seeds) for recipe, against, seeds in _compared(suite, pair)}
     rows = []
-    for name, model in pair.beside.items():
+    for name, model in pair.reference_models.items():
         if HELD_OUT in model.gold:
             rows.append(_gold_row(name, None, [model.gold[HELD_OUT]]))
     for recipe, by_seed in pair.cells.items():

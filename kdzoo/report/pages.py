@@ -41,7 +41,7 @@ def write(document: Document, markdown_file: Path, html_file: Path, figures: Pat
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise KdzooError(f"{error.filename}: cannot be written ({error.strerror}); name another place") from error
+        raise KdzooError(f"{error.filename}: cannot be written ({error.strerror}); name another file") from error
 
 
 def _seen_from(folder: Path, target: Path) -> str:

@@ -19,7 +19,7 @@ class Published:
     measure: str
     """What the numbers are, such as a mean of certain sets."""
     pairs: Mapping[str, Mapping[str, float]]
-    """Pair -> recipe, or a model that stands beside -> its score."""
+    """Pair -> recipe, or reference model -> its score."""
 
     def of(self, pair: str) -> Mapping[str, float]:
         return self.pairs.get(pair, {})

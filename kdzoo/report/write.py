@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdzoo.compare.ledger import read_ledger
-from kdzoo.report import pages
-from kdzoo.report.compose import compose
 from kdzoo.report.document import Bullets, Document, Heading
-from kdzoo.report.findings import find
 from kdzoo.report.published import read_published
 
 
@@ -30,13 +27,20 @@ class Places:
 
 def document_of(suites: Sequence[Path], title: str | None = None) -> Document:
     """The report of one or more suites of ledgers, in their order. Always the same for the same ledger."""
+    ledgers = [read_ledger(suite) for suite in suites]
+    # A ledger that is not there is refused before these, which import SciPy and Matplotlib.
+    from kdzoo.report.compose import compose
+    from kdzoo.report.findings import find
+
     published = read_published()
-    findings = [find(read_ledger(suite), published) for suite in suites]
+    findings = [find(ledger, published) for ledger in ledgers]
     return compose(title or findings[0].suite.title, [suite.name for suite in suites], findings, published)
 
 
 def write_report(suites: Sequence[Path], places: Places, title: str | None = None) -> Document:
     document = document_of(suites, title)
+    from kdzoo.report import pages
+
     pages.write(document, places.markdown, places.html, places.figures)
     return document
 

@@ -17,7 +17,7 @@ from kdzoo.recipe.load import load_recipe
 
 @dataclass(frozen=True)
 class RunTask:
-    """What every rank is told; it loads the recipe itself, so that nothing but text crosses processes."""
+    """What every rank gets; it loads the recipe itself, so that nothing but text crosses processes."""
 
     recipe_path: Path
     on: tuple[Path, ...]
@@ -26,7 +26,7 @@ class RunTask:
     out: Path | None
 
     def __call__(self) -> None:
-        from kdzoo.run.recipe_run import run_recipe
+        from kdzoo.run.pipeline import run_recipe
 
         run_recipe(load_recipe(self.recipe_path, self.on, self.sets, self.plugins), self.out)
 
@@ -52,7 +52,7 @@ class Job:
             self._leave(kind, distributed.rank(), traceback.format_exc())
             return 1
         finally:
-            distributed.stop()  # and the others notice: what ended this rank must be told by now
+            distributed.stop()  # and the others notice: what ended this rank must be on disk by now
         return 0
 
     def _leave(self, kind: Kind, rank: int, text: str) -> None:
@@ -63,8 +63,8 @@ Kind = Literal["fault", "internal", "lost"]
 """Why a rank ended: the user can mend it; we have to; another rank ended first."""
 
 
-def tell(faults: Path, code: int) -> None:
-    """What the ranks left in `faults`, each text once: a fault is raised; else what is internal comes as tracebacks."""
+def raise_or_print(faults: Path, code: int) -> None:
+    """What the ranks left in `faults`, each text once: raises a user's fault, else prints tracebacks."""
     left: dict[str, list[str]] = {"fault": [], "internal": [], "lost": []}
     for file in sorted(faults.iterdir()):
         left[file.name.partition("-")[0]].append(file.read_text())
@@ -102,5 +102,5 @@ def launch(task: Callable[[], None], ranks: int | None) -> int:
 
     with tempfile.TemporaryDirectory(prefix="kdzoo-") as faults:
         code = run_on_ranks(ranks or default_ranks(), Job(task, Path(faults)))
-        tell(Path(faults), code)
+        raise_or_print(Path(faults), code)
     return code

@@ -33,7 +33,7 @@ USE = {
 class CardLoss(NamedTuple):
     """One term of the loss, as the card names it."""
 
-    slot: str
+    term: str
     name: str
     paper: str
     formula: str
@@ -55,7 +55,7 @@ def write_model_card(
 ) -> Path:
     """`README.md` in `folder`, Markdown with the front matter that the Hugging Face hub reads.
 
-    `base`, `teacher` and `data` say in words what the student started from, learnt from and was trained on;
+    `base`, `teacher` and `data` name in words what the student started from, learnt from and was trained on;
     `base_model` is the student's name on the hub, where it has one. Losses are in the order of `CardLoss`.
     """
     facts = {
@@ -106,7 +106,7 @@ def _method(loss: CardLoss) -> str:
         weight_text = f"{weight.start:g} to {weight.end:g} over {weight.steps} steps"
     else:
         weight_text = f"{weight:g}"
-    return f"- **{loss.slot}** (`{loss.name}`, weight {weight_text}): `{loss.formula}`\n  {loss.paper}"
+    return f"- **{loss.term}** (`{loss.name}`, weight {weight_text}): `{loss.formula}`\n  {loss.paper}"
 
 
 def _score_parts(scores: Scores) -> list[str]:

@@ -10,27 +10,29 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from kdzoo.adapters import merge_adapter, save_adapter
+from kdzoo.lora import merge_adapter, save_adapter
 from kdzoo.quiet import quiet
-from kdzoo.run.session import Party
+from kdzoo.run.context import ModelRole
 
 
-def save_trained(out: Path, base: Path, party: Party, state: Mapping[str, Tensor], keep_adapter: bool = False) -> None:
-    """What a stage has trained of `party`, which started from `base`, into the folder `out`.
+def save_trained(
+    out: Path, base: Path, role: ModelRole, state: Mapping[str, Tensor], keep_adapter: bool = False
+) -> None:
+    """Write what a stage has trained of the model `role`, which started from `base`, into the folder `out`.
 
     With LoRA, `state` is the adapter's, and merged into the base unless `keep_adapter`.
     """
-    tokenizer = party.encoder.tokenizer
-    if party.lora is None:
+    tokenizer = role.encoder.tokenizer
+    if role.lora is None:
         save_model(out, base, tokenizer, state)
         return
-    named = party.model.hub or str(base.absolute())
+    named = role.model.hub or str(base.absolute())
     with quiet():
         if keep_adapter:
-            save_adapter(out, base, named, party.lora, state)
+            save_adapter(out, base, named, role.lora, state)
         else:
             with TemporaryDirectory(prefix="kdzoo-adapter-") as folder:
-                save_adapter(Path(folder), base, named, party.lora, state)
+                save_adapter(Path(folder), base, named, role.lora, state)
                 model = AutoModelForCausalLM.from_pretrained(base, dtype=next(iter(state.values())).dtype)
                 merge_adapter(model, Path(folder), "the trained adapter").save_pretrained(out)
         tokenizer.save_pretrained(out)

@@ -29,8 +29,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-import torch
-
 import kdzoo
 from kdzoo.errors import KdzooError
 from kdzoo.evaluate import Scores
@@ -81,7 +79,7 @@ class RunFolder:
             return cls(_writable(_make_new(named)))
 
     def discard_if_unused(self) -> None:
-        """Take the folder away where no step was logged: a recipe alone tells nobody anything."""
+        """Take the folder away where no step was logged: a recipe alone is no result."""
         if any(self.path.glob("metrics*.jsonl")):
             return
         for name in ("recipe.json", "environment.json"):
@@ -203,6 +201,8 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _device() -> dict[str, Any]:
+    import torch  # here, since who only looks for a run should not wait for it
+
     if not torch.cuda.is_available():
         return {"type": "cpu", "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

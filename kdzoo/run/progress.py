@@ -73,7 +73,7 @@ def stage_progress(
         yield _Lines(console, name, total, clock)
 
 
-def say(text: str, enabled: bool = True, console: Console = SCREEN) -> None:
+def print_message(text: str, enabled: bool = True, console: Console = SCREEN) -> None:
     """One line for the user, above a bar that is running. `enabled` is false on every rank but 0."""
     if enabled:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -85,7 +85,7 @@ class _Silent(StageProgress):
 
 
 class _Bar(StageProgress):
-    """Drawn from `update` itself, ten times a second at most: no thread runs beside the training loop."""
+    """Drawn from `update` itself, ten times a second at most: no thread runs next to the training loop."""
 
     def __init__(self, progress: Progress, name: str, total: int, clock: Callable[[], float]) -> None:
         self.progress = progress
@@ -112,7 +112,7 @@ class _Lines(StageProgress):
         self.total = total
         self.clock = clock
         self.started = self.shown = clock()
-        self.first: tuple[int, float] | None = None  # the first step told, and when: a resumed run starts late
+        self.first: tuple[int, float] | None = None  # the first step shown, and when: a resumed run starts late
         self.share = -1
 
     def update(self, step: int, loss: float | None = None, rows_per_second: float | None = None) -> None:
@@ -125,10 +125,10 @@ class _Lines(StageProgress):
         self.share, self.shown = share, now
         count = f"{step:>{len(str(self.total))}}/{self.total}"
         line = "  ".join([self.name, count, *_facts(loss, rows_per_second), *self._time(step, now)])
-        say(line, console=self.console)
+        print_message(line, console=self.console)
 
     def _time(self, step: int, now: float) -> list[str]:
-        """What is left, from the second step told on; at the end, what it took."""
+        """What is left, from the second step shown on; at the end, what it took."""
         assert self.first is not None
         if step >= self.total:
             return [f"took {duration(now - self.started)}"]
@@ -224,7 +224,7 @@ def print_scores(scores: Scores, console: Console = OUTPUT) -> None:
         console.print(_Unsqueezed(_score_table(group, console)), crop=False)
         console.print()
     for line in score_legend(scores):
-        say(line, console=console)
+        print_message(line, console=console)
 
 
 @dataclass(frozen=True)

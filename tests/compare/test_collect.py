@@ -40,11 +40,13 @@ def test_an_answer_may_hold_any_separator_that_unicode_knows(suite, tmp_path):
     assert entry.student.answers["seen"]["greedy"][0].texts[0] == "a\u2028b\x85c\x0cd 0"
 
 
-def test_what_stands_beside_is_kept_once_for_all(collected):
-    _, _, beside = collected
-    assert set(beside) == {"teacher", "copy of the input"}
-    assert [a.texts for a in beside["copy of the input"].answers["seen"]["sample"]] == [["answer 0", "answer 1"]]
-    assert beside["copy of the input"].gold == {}
+def test_reference_models_are_kept_once_for_all(collected):
+    _, _, reference_models = collected
+    assert set(reference_models) == {"teacher", "copy of the input"}
+    assert [a.texts for a in reference_models["copy of the input"].answers["seen"]["sample"]] == [
+        ["answer 0", "answer 1"]
+    ]
+    assert reference_models["copy of the input"].gold == {}
 
 
 def test_rows_of_somebody_elses_are_not_copied_into_a_ledger(suite, tmp_path):

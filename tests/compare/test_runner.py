@@ -59,7 +59,7 @@ def test_it_runs_every_cell_once_and_reports_them(comparison):
         "sft": [1, 2],
         "kl": [1, 2],
     }
-    assert set(found.pairs["tiny"].beside) == {"teacher", "copy of the input"}
+    assert set(found.pairs["tiny"].reference_models) == {"teacher", "copy of the input"}
     second = comparison()
     assert second.run() == 0
     assert second.ran == []
@@ -102,7 +102,9 @@ def test_a_run_folder_that_the_ledger_lacks_is_put_into_it(comparison):
 def test_a_recipe_that_changed_is_not_taken_for_the_old_one(comparison, write, suite):
     comparison().run()
     write("kl.json", {"extends": "sft.json", "title": "KL", "losses": {"kl": {"use": "forward_kl", "weight": 2.0}}})
-    with pytest.raises(KdzooError, match=r"kl-1.json.gz: 'kl-1' was made from another recipe; give '--ledger'"):
+    with pytest.raises(
+        KdzooError, match=r"kl-1.json.gz: 'kl-1' was made from another recipe; name another folder with '--ledger'"
+    ):
         comparison().run()
 
 
@@ -110,7 +112,7 @@ def test_what_does_not_fit_is_left_out_and_said(comparison, capfd):
     made = comparison(unfit=("kl",))
     assert made.run() == 0
     assert made.ran == ["sft-1", "sft-2"]
-    assert "tiny: without kl: does not fit" in capfd.readouterr().err
+    assert "tiny: leaves out kl: does not fit" in capfd.readouterr().err
     assert read_ledger(Path("out/two.json")).suite.left_out == {"tiny": {"kl": "does not fit"}}
 
 
@@ -159,7 +161,7 @@ def test_runs_at_a_time_share_the_cores(suite, monkeypatch):
 
 def test_two_comparisons_do_not_work_in_one_folder(comparison):
     Path("out/cells").mkdir(parents=True)
-    with FileLock("out/cells/.lock"), pytest.raises(KdzooError, match="another comparison is at work in 'out/cells'"):
+    with FileLock("out/cells/.lock"), pytest.raises(KdzooError, match="another comparison is using 'out/cells'"):
         comparison().run()
 
 
@@ -173,7 +175,7 @@ def test_a_dry_run_says_what_is_missing(comparison, capfd):
 
 @pytest.mark.parametrize(
     ("text", "why"),
-    [("a\nerror: b; c\nd\n", "b; c"), ("a\nRuntimeError: x\n\n", "RuntimeError: x"), ("", "it said nothing")],
+    [("a\nerror: b; c\nd\n", "b; c"), ("a\nRuntimeError: x\n\n", "RuntimeError: x"), ("", "the run printed nothing")],
 )
 def test_the_reason_of_a_failure_is_its_error_line_else_its_last(tmp_path, text, why):
     (tmp_path / "log").write_text(text)
@@ -181,7 +183,7 @@ def test_the_reason_of_a_failure_is_its_error_line_else_its_last(tmp_path, text,
 
 
 def test_a_cell_is_a_whole_recipe_that_stands_anywhere(suite, tmp_path):
-    hook = "@kdzoo.hookimpl\ndef register_losses(register):\n    pass\n"
+    hook = "@kdzoo.hookimpl\ndef register_plugins(register):\n    pass\n"
     (tmp_path / "mine.py").write_text(f"import kdzoo\n\n\n{hook}")
     cell = load_suite(suite, loose=[Path("mine.py")]).cells[0]
     assert whole(cell)["plugins"] == [str(tmp_path / "mine.py")]

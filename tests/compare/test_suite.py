@@ -21,7 +21,7 @@ import kdzoo
 
 
 @kdzoo.hookimpl
-def register_losses(register):
+def register_plugins(register):
     pass
 """
 
@@ -82,7 +82,7 @@ def test_what_a_loose_plugin_says_makes_another_cell(suite, tmp_path):
 )
 def test_students_of_another_budget_are_not_compared(suite, write, patch, address):
     write("kl.json", {"extends": "sft.json", "title": "KL", **patch})
-    with pytest.raises(RecipeError, match=f"^kl.json on 'tiny': {address}: is not that of 'sft'; .* 'patch'$"):
+    with pytest.raises(RecipeError, match=f"^kl.json on 'tiny': {address}: differs from that of 'sft'; .* 'patch'$"):
         load_suite(suite)
 
 
@@ -92,8 +92,8 @@ def test_students_of_another_budget_are_not_compared(suite, write, patch, addres
         ({"seed": [1]}, "seed: unknown key, did you mean 'seeds'?"),
         ({"seeds": []}, "seeds: list should have at least 1 item"),
         ({"seeds": "1"}, "seeds: input should be a valid list"),
-        ({"against": {"kll": "sft"}}, "against: 'kll' is none of the recipes, did you mean 'kl'?"),
-        ({"recipes": ["../kl.json", "../pairs/kl.json"]}, "have one name; rename one"),
+        ({"against": {"kll": "sft"}}, "against: 'kll' is not one of the suite's recipes, did you mean 'kl'?"),
+        ({"recipes": ["../kl.json", "../pairs/kl.json"]}, "have the same name; rename one"),
         ({"recipes": ["../kll.json"]}, "kll.json: no such recipe, did you mean 'kl.json'"),
         ({"patch": {"precison": "fp32"}}, r"precison: unknown key.*\(set by suites/two.json, patch\)"),
     ],
@@ -106,7 +106,9 @@ def test_a_fault_is_a_line(suite, keys, told):
 def test_two_names_for_one_run_are_refused(suite, write):
     """As when a pair sets the key that an ablation is about: its table would show a difference of nothing."""
     write("again.json", {"extends": "kl.json", "title": "Another title"})
-    with pytest.raises(RecipeError, match=r"^again\.json on 'tiny': is the same run as 'kl'; what sets them apart"):
+    with pytest.raises(
+        RecipeError, match=r"^again\.json on 'tiny': is the same run as 'kl'; the pair, the suite's 'patch' or"
+    ):
         load_suite(change(suite, recipes=["../kl.json", "../again.json"]))
 
 

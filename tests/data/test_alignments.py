@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from kdzoo.api.aligner import Aligner, Alignment, Tokens
+from kdzoo.api.plugin import NoParams
 from kdzoo.data.alignments import cached_alignments
-from kdzoo.plugin.contracts import Aligner, Alignment, NoParams, Tokens
 
 EMPTY = Tokens([], [], [], "")
 SOME = Tokens([5, 6], [0, 1], [1, 2], "ab")

@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from kdzoo.api.aligner import Aligner, Alignment, Tokens
+from kdzoo.api.plugin import NoParams
 from kdzoo.data.collate import Example, build_examples, collate
 from kdzoo.data.encode import Encoded, Encoder
 from kdzoo.data.rows import Row
 from kdzoo.errors import DataError
-from kdzoo.plugin.contracts import Aligner, Alignment, NoParams, Tokens
 from kdzoo.recipe.model import Data, Source, Template
 
 ROWS = [Row("a", "One", "", ("Mont Blanc",)), Row("b", "Two", "of them", ("Elbrus", "Mont Blanc"))]
@@ -44,47 +45,47 @@ TWO = [
 BOTH = {"same_tokens": False, "rows": "response", "pad_id_student": 0, "pad_id_teacher": 99}
 
 
-def test_rows_are_the_positions_that_predict_a_response_token() -> None:
+def test_tokens_are_the_positions_that_predict_a_response_token() -> None:
     batch = collate(TWO, **BOTH)
     student, teacher = batch.student, batch.teacher
     assert student is not None and teacher is not None
     assert student.input_ids.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
-    assert student.rows.tolist() == [1, 2, 3, 5, 6, 7, 8]
+    assert student.positions.tolist() == [1, 2, 3, 5, 6, 7, 8]
     assert student.labels.tolist() == [3, 4, 5, 7, 8, 9, 10]
     assert student.inputs.tolist() == [2, 3, 4, 6, 7, 8, 9]
     assert student.sample.tolist() == [0, 0, 0, 1, 1, 1, 1]
     assert teacher.input_ids.tolist() == [[11, 12, 13, 99, 99], [14, 15, 16, 17, 18]]
     assert teacher.attention_mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
-    assert teacher.rows.tolist() == [0, 1, 7, 8]
+    assert teacher.positions.tolist() == [0, 1, 7, 8]
     assert teacher.labels.tolist() == [12, 13, 17, 18]
 
 
-def test_spans_are_numbered_over_the_batch_and_pairs_name_packed_rows() -> None:
+def test_spans_are_numbered_over_the_batch_and_pairs_name_packed_tokens() -> None:
     batch = collate(TWO, **BOTH)
     assert batch.student is not None and batch.teacher is not None
     assert batch.student.span.tolist() == [0, 0, 1, 2, 2, 3, -1]
     assert batch.teacher.span.tolist() == [0, 1, 2, 3]
     assert batch.pairs.tolist() == [[2, 1], [5, 3]]
-    assert batch.counts == {"rows": 7, "teacher_rows": 4, "pairs": 2, "spans": 4, "sequences": 2}
+    assert batch.counts == {"tokens": 7, "teacher_tokens": 4, "pairs": 2, "spans": 4, "sequences": 2}
 
 
 def test_every_real_token_of_the_teacher_can_be_scored() -> None:
     batch = collate(TWO, **{**BOTH, "rows": "sequence", "pad_id_student": None})
     assert batch.student is None and batch.teacher is not None
-    assert batch.teacher.rows.tolist() == [0, 1, 5, 6, 7, 8]
+    assert batch.teacher.positions.tolist() == [0, 1, 5, 6, 7, 8]
     assert batch.teacher.labels.tolist() == [12, 13, 15, 16, 17, 18]
     assert batch.teacher.span.tolist() == [0, 1, -1, -1, 2, 3]
-    assert batch.counts == {"rows": 0, "teacher_rows": 6, "pairs": 0, "spans": 0, "sequences": 2}
+    assert batch.counts == {"tokens": 0, "teacher_tokens": 6, "pairs": 0, "spans": 0, "sequences": 2}
     with_student = collate(TWO, **{**BOTH, "rows": "sequence"})
     assert with_student.student is not None and len(with_student.student) == 7
     assert with_student.pairs.tolist() == [[2, 1], [5, 5]]
 
 
-def test_a_text_without_a_prompt_has_no_row_for_its_first_token() -> None:
+def test_a_text_without_a_prompt_does_not_score_its_first_token() -> None:
     lone = [example(encoded([], [3, 4, 5]), encoded([], [12, 13]))]
     batch = collate(lone, **BOTH)
     assert batch.student is not None
-    assert batch.student.rows.tolist() == [0, 1]
+    assert batch.student.positions.tolist() == [0, 1]
     assert batch.student.span.tolist() == [0, 1]
     assert batch.pairs.tolist() == [[1, 0]]
     assert batch.counts["spans"] == 1  # of the two, the first has no row on the teacher's side
@@ -92,7 +93,7 @@ def test_a_text_without_a_prompt_has_no_row_for_its_first_token() -> None:
 
 
 @pytest.mark.parametrize("absent", [None, "pad_id_student", "pad_id_teacher"])
-def test_without_examples_there_is_a_stand_in_without_rows(absent: str | None) -> None:
+def test_without_examples_there_is_a_stand_in_without_tokens(absent: str | None) -> None:
     batch = collate([], **{**BOTH, **({absent: None} if absent else {})})
     assert set(batch.counts.values()) == {0.0}
     assert batch.pairs.shape == (0, 2)
@@ -102,7 +103,7 @@ def test_without_examples_there_is_a_stand_in_without_rows(absent: str | None) -
             assert side.input_ids.shape == (1, 2)
             assert side.attention_mask.all()
             assert len(side) == len(side.labels) == len(side.span) == 0
-            assert side.rows.dtype == side.labels.dtype == torch.long
+            assert side.positions.dtype == side.labels.dtype == torch.long
 
 
 def test_collating_parts_scores_the_same_tokens_as_the_whole() -> None:
@@ -161,9 +162,13 @@ def test_rows_without_a_response_token_are_counted_and_the_first_is_named(
     bytes_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     rows = [*ROWS, Row("c", "Three", "", ("",)), Row("d", "Four", "", ("",))]
-    with pytest.raises(DataError, match=r"^data.train: 2 rows have no response token; of the first, 'c', its resp"):
+    with pytest.raises(
+        DataError, match=r"^data.train: 2 rows have no response token; the first, 'c', has an empty resp"
+    ):
         build_examples(rows, Encoder(bytes_tokenizer, DATA), None, None, same=False, address="data.train")
     full = DATA.model_copy(update={"max_length": 8, "max_prompt_length": 8})
     rows = [Row("long", "A long prompt that has many tokens", "", ("x",))]
-    with pytest.raises(DataError, match=r"^data.train: 1 row has no .* 'long', its prompt fills 'data.max_length' 8"):
+    with pytest.raises(
+        DataError, match=r"^data.train: 1 row has no .* 'long', has a prompt as long as 'data.max_length' \(8 "
+    ):
         build_examples(rows, Encoder(bytes_tokenizer, full), None, None, same=False, address="data.train")

@@ -64,14 +64,14 @@ def test_a_local_data_set_of_hugging_face_is_read(tmp_path: Path, capfd: pytest.
     [
         (Source(), "one of 'lab', 'set', 'jsonl', 'dataset'"),
         (Source(lab="trian"), "did you mean 'train'?"),
-        (Source(lab="train", jsonl="x"), "'lab' and 'jsonl' are both there"),
+        (Source(lab="train", jsonl="x"), "'lab' and 'jsonl' are both given"),
         (Source(jsonl="$NO_SUCH_VARIABLE/x.jsonl"), "'NO_SUCH_VARIABLE', which is not set"),
         (Source(jsonl="{folder}/row.jsonl"), "no such file, did you mean 'rows.jsonl'?"),
         (Source(jsonl="{folder}/a/b/rows.jsonl"), "and no folder '{folder}/a'"),
         (Source(jsonl="{folder}"), "is a folder, not a file"),
         (Source(jsonl="{folder}/broken.jsonl"), "line 2 is not JSON"),
         (Source(jsonl="{folder}/list.jsonl"), "line 1 is not a JSON object"),
-        (Source(jsonl="{folder}/empty.jsonl"), "has no rows"),
+        (Source(jsonl="{folder}/empty.jsonl"), "contains no rows"),
         (Source(jsonl="{folder}/number.jsonl"), "field 'output' of row 1 in '{folder}/number.jsonl' is int"),
         (
             Source(jsonl="{folder}/none.jsonl"),

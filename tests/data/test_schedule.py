@@ -63,17 +63,17 @@ def test_the_order_follows_the_seed_and_a_stage_may_have_its_own() -> None:
 @pytest.mark.parametrize(
     ("stage", "ranks", "says"),
     [
-        (Stage(), 1, "stages.distill: neither 'steps' nor 'epochs' is there; give one"),
-        (Stage(steps=1, epochs=1), 1, "stages.distill: both 'steps' and 'epochs' are there; give one"),
+        (Stage(), 1, "stages.distill: neither 'steps' nor 'epochs' is given; give exactly one"),
+        (Stage(steps=1, epochs=1), 1, "stages.distill: both 'steps' and 'epochs' are given; give exactly one"),
         (
             Stage(steps=1, batch=8),
             3,
-            "stages.distill.batch: 8 sequences do not split over 3 ranks; run on 1, 2, 4 or 8",
+            "stages.distill.batch: 8 sequences cannot be divided among 3 ranks; run on 1, 2, 4 or 8",
         ),
         (
             Stage(steps=1, batch=8, micro_batch=3),
             2,
-            "stages.distill.micro_batch: 3 on 2 ranks does not divide a batch of 8; 1, 2 or 4 fits",
+            "stages.distill.micro_batch: 3 on 2 ranks does not divide a batch of 8; use 1, 2 or 4",
         ),
     ],
 )

@@ -54,14 +54,16 @@ def test_without_the_file_and_the_hub_one_line_says_where_it_belongs(monkeypatch
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     monkeypatch.setenv("KDZOO_DATA", str(tmp_path))
-    with pytest.raises(DataError, match=r"^there: '.*/vicuna/test\.jsonl' is not there, and 'MiniLLM/Vicuna' cannot"):
+    with pytest.raises(DataError, match=r"^there: '.*/vicuna/test\.jsonl' does not exist, and 'MiniLLM/Vicuna' cannot"):
         set_file("vicuna", "there")
-    with pytest.raises(DataError, match=r"'unni_short' is not on the hub; put it at \$KDZOO_DATA/unni_short/test"):
+    with pytest.raises(DataError, match=r"'unni_short' is not on the hub; save it as \$KDZOO_DATA/unni_short/test"):
         set_file("unni_short", "there")
 
 
 def test_a_wrong_name_is_told_with_the_right_ones():
-    with pytest.raises(DataError, match=r"^there\.set: 'doly' is none of the known sets \(dolly, .* mean 'dolly'\?"):
+    with pytest.raises(
+        DataError, match=r"^there\.set: unknown evaluation set 'doly', did you mean 'dolly'\?; known are dolly, "
+    ):
         load_rows(Source(set="doly"), "there")
 
 

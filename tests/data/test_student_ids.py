@@ -9,7 +9,7 @@ import pytest
 from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast
 
-from kdzoo.data.tokenizer import lexicon, load_tokenizer, student_ids
+from kdzoo.data.tokenizer import load_tokenizer, student_ids, vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_one_tokenizer_is_its_own_partner_in_every_entry(bytes_tokenizer: PreTra
 def test_real_vocabularies_share_much(student: str, teacher: str, shared: Path) -> None:
     mine, yours = (load_tokenizer(shared / "tokenizers" / name) for name in (student, teacher))
     found = student_ids(mine, yours, (len(mine), len(yours)))
-    ours, theirs = lexicon(mine).texts, lexicon(yours).texts
+    ours, theirs = vocabulary(mine).texts, vocabulary(yours).texts
     matched = [(t, s) for t, s in enumerate(found.tolist()) if s >= 0]
     assert all(theirs[t] == ours[s] or (t, s) == (yours.eos_token_id, mine.eos_token_id) for t, s in matched)
     assert len(matched) > 0.4 * min(len(mine), len(yours))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from kdzoo.data.tokenizer import lexicon, load_tokenizer, same_tokens, tokens_fingerprint
+from kdzoo.data.tokenizer import load_tokenizer, same_tokens, tokens_fingerprint, vocabulary
 from kdzoo.errors import ModelError
 
 Make = Callable[[str], PreTrainedTokenizerFast]
@@ -78,21 +78,21 @@ def test_missing_places_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "gpt2").mkdir()
     with pytest.raises(ModelError, match=r"^here: .*no such folder, did you mean 'gpt2'\?$"):
         load_tokenizer(tmp_path / "gpt3", "here")
-    with pytest.raises(ModelError, match=r"^here: .*holds no tokenizer that can be loaded .*configuration$"):
+    with pytest.raises(ModelError, match=r"^here: no tokenizer can be loaded from .*configuration$"):
         load_tokenizer(tmp_path / "gpt2", "here")
 
     def unreachable(*args: object, **options: object) -> str:
         raise ConnectionError("no route\nand much more")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    with pytest.raises(ModelError, match=r"^here: 'a/b' is no local folder .*\(ConnectionError: no route\); check"):
+    with pytest.raises(ModelError, match=r"^here: 'a/b' is not a local folder .*\(ConnectionError: no route\); check"):
         load_tokenizer("a/b", "here")
 
 
 @pytest.mark.parametrize("kind", ["bytes", "spaces"])
 def test_a_lexicon_has_what_tokens_add_to_a_text(kind: str, make_tokenizer: Make) -> None:
     tokenizer = make_tokenizer(kind)
-    found = lexicon(tokenizer)
+    found = vocabulary(tokenizer)
     assert len(found.texts) == len(tokenizer)
     ids = tokenizer("Name the tallest mountain", add_special_tokens=False)["input_ids"]
     assert "".join(found.texts[token] for token in ids).strip() == "Name the tallest mountain"
@@ -104,7 +104,7 @@ def test_a_lexicon_has_what_tokens_add_to_a_text(kind: str, make_tokenizer: Make
 @pytest.mark.parametrize("name", REAL)
 def test_a_lexicon_knows_spaces_lines_and_bytes_of_real_tokenizers(name: str, shared: Path) -> None:
     tokenizer = load_tokenizer(shared / "tokenizers" / name)
-    found = lexicon(tokenizer)
+    found = vocabulary(tokenizer)
     entries = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     spelt = {"Ġ": " ", "▁": " ", "Ċ": "\n"} if name in ("gpt2", "qwen1.5-1.8b") else {"▁": " ", "<0x0A>": "\n"}
     for entry, text in zip(entries, found.texts, strict=True):

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdzoo.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, add_adapter, add_lora, save_adapter
 from kdzoo.errors import ModelError
+from kdzoo.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, add_adapter, add_lora, save_adapter
 from kdzoo.models.source import LocalModel, resolve_model
 from kdzoo.recipe.model import Adapter, Lora, ModelSource
-from kdzoo_anatomies import GPT2
+from kdzoo_model_adapters import GPT2
 
 CONFIG = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
 LORA = Lora(rank=2, alpha=3)
@@ -27,7 +27,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def resolved(source: ModelSource, role: Any = "teacher") -> LocalModel:
-    return resolve_model(source, role, teacher_folder=None, anatomies={"gpt2": GPT2()}, address=role)
+    return resolve_model(source, role, teacher_folder=None, model_adapters={"gpt2": GPT2()}, address=role)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -121,5 +121,5 @@ def test_an_adapters_folder_whose_model_cannot_be_found_is_refused(adapter: Path
     (adapter / ADAPTER_CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": base_name}))
     refused(
         ModelSource(name=str(adapter)),
-        r"^teacher\.name: '/nowhere/at/all': no such folder" if base_name else "does not say which model it belongs to",
+        r"^teacher\.name: '/nowhere/at/all': no such folder" if base_name else "does not name its base model",
     )

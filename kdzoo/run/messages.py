@@ -1,0 +1,74 @@
+"""Every sentence that a run prints, as pure functions from data to text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+
+def one_tokenizer(rows: int) -> str:
+    return f"{rows} training rows; teacher and student share one tokenizer"
+
+
+def padded_heads(student: int, teacher: int, compared: int) -> str:
+    """Sizes of both heads, and how many entries of them are compared."""
+    return (
+        f"their heads are padded, the student's to {student:,} entries and the teacher's to {teacher:,}; "
+        f"the {compared:,} of the tokenizer are compared"
+    )
+
+
+def two_tokenizers(rows: int, in_spans: float, in_pairs: float, aligner: str, readers: Sequence[str]) -> str:
+    """Shares of the student's response tokens, 0 to 1; `readers` are the losses that read pairs or spans."""
+    read_by = f"read by {_quoted(readers)}" if readers else "no loss reads them"
+    return (
+        f"{rows} training rows; two tokenizers, {in_spans:.1%} of the student's response tokens lie in aligned spans "
+        f"and {in_pairs:.1%} in pairs ('{aligner}'; {read_by})"
+    )
+
+
+def unknown_family(family: str) -> str:
+    return f"no model adapter knows the family '{family}': cross-entropy is not read"
+
+
+def nothing_to_fuse(fusion: str) -> str:
+    return f"fuse.{fusion}: the teacher is no mixture of experts; its own state is read"
+
+
+def mixture(experts: int, states: Mapping[str, str | None]) -> str:
+    """`states`: the fusion that makes the state that a loss reads; None: the teacher's own state."""
+    read = [f"'{loss}' reads " + (f"'{fusion}'" if fusion else "its own state") for loss, fusion in states.items()]
+    return "; ".join([f"teacher: a mixture of {experts} experts", *read])
+
+
+def teacher_accuracy(accuracy: float) -> str:
+    """Over response tokens of training rows, 0 to 1."""
+    return f"teacher: wrong on {1 - accuracy:.1%} of the response tokens of the training rows"
+
+
+def found_in_cache(stage: str, folder: Path) -> str:
+    return f"{stage}: trained before, found in the cache ({folder})"
+
+
+def artifact_report(stage: str, split: str, values: Mapping[str, float], cached: bool) -> str:
+    """`values` by `<stage>/<name>`; `split` is "train" or "held_out"."""
+    named = ", ".join(f"{key.partition('/')[2].replace('_', ' ')} {value:.3f}" for key, value in values.items())
+    where = "held-out rows" if split == "held_out" else "training rows"
+    return f"{stage}: on {where} {named}{' (cached)' if cached else ''}"
+
+
+def tracker_disabled(name: str, error: Exception) -> str:
+    return f"warning: the tracker '{name}' failed and was disabled for this run ({first_line(error)})"
+
+
+def run_folder(path: Path) -> str:
+    return f"run folder: {path}"
+
+
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of its text."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)

@@ -1,0 +1,117 @@
+"""A recipe, resolved once at the start of a run: the losses, needs and rows of every stage, handed on from here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kdzoo.errors import RecipeError
+from kdzoo.recipe.model import LossSlot, Stage
+from kdzoo.run.context import RunContext
+from kdzoo.run.inputs import SourceRows, read_source
+from kdzoo.run.losses import ResolvedLosses, check_tokenizers, resolve_losses
+
+ALONE = ("teacher", "sft")
+"""Stages that train one model on data alone."""
+
+
+@dataclass(frozen=True)
+class ResolvedStage:
+    """A stage with its losses and its rows."""
+
+    name: str
+    stage: Stage
+    losses: ResolvedLosses
+    source: SourceRows
+    seed: int
+    """Its own, else the recipe's."""
+
+    @property
+    def address(self) -> str:
+        return f"stages.{self.name}"
+
+
+@dataclass(frozen=True)
+class ResolvedRecipe:
+    """All stages of a run, and the rows that no stage trains on."""
+
+    distill: ResolvedStage
+    alone: Mapping[str, ResolvedStage]
+    """`teacher` and `sft`, where the recipe has them."""
+    artifacts: Mapping[str, Mapping[str, ResolvedStage]]
+    """Term of `distill` that needs some -> artifact stage -> the stage, with the term's own parameters and fusion."""
+    held_out: SourceRows | None
+    sets: Mapping[str, SourceRows]
+    """The evaluation sets."""
+
+
+def resolve_recipe(context: RunContext) -> ResolvedRecipe:
+    """Raises RecipeError and DataError: whatever is wrong with losses and rows shows before anything is trained."""
+    recipe = context.recipe
+    distill = resolve_losses(context, recipe.losses)
+    check_tokenizers(context, distill)
+    alone = {name: _losses_alone(context, name, recipe.stages[name]) for name in ALONE if name in recipe.stages}
+    artifacts = {
+        term.name: {
+            name: resolve_losses(context, {name: _artifact_entry(context, name, insists, term.entry.fuse)})
+            for name, insists in term.needs.artifacts.items()
+        }
+        for term in distill
+        if term.needs.artifacts
+    }
+    sets = {name: read_source(source, f"evaluation.sets.{name}") for name, source in recipe.evaluation.sets.items()}
+    sources = _sources(context)
+    held_out = None if recipe.data.held_out is None else read_source(recipe.data.held_out, "data.held_out")
+
+    def stage(name: str, losses: ResolvedLosses) -> ResolvedStage:
+        found = recipe.stages[name]
+        seed = recipe.seed if found.seed is None else found.seed
+        return ResolvedStage(name, found, losses, sources[name], seed)
+
+    return ResolvedRecipe(
+        distill=stage("distill", distill),
+        alone={name: stage(name, losses) for name, losses in alone.items()},
+        artifacts={
+            term: {name: stage(name, losses) for name, losses in by_stage.items()}
+            for term, by_stage in artifacts.items()
+        },
+        held_out=held_out,
+        sets=sets,
+    )
+
+
+def _sources(context: RunContext) -> dict[str, SourceRows]:
+    """The rows of every stage: its own, else those of `data.train`, which are read once."""
+    recipe = context.recipe
+    own = {
+        name: read_source(stage.data, f"stages.{name}.data")
+        for name, stage in recipe.stages.items()
+        if stage.data is not None
+    }
+    others = [name for name in recipe.stages if name not in own]
+    return own | (dict.fromkeys(others, read_source(recipe.data.train, "data.train")) if others else {})
+
+
+def _losses_alone(context: RunContext, name: str, stage: Stage) -> ResolvedLosses:
+    """The terms of a stage that trains one model alone; one that reads a teacher is refused."""
+    if not stage.losses:
+        raise RecipeError(f"stages.{name}: has no 'losses'; say what it trains on")
+    losses = resolve_losses(context, stage.losses)
+    for term in losses:
+        if term.reads_teacher:
+            raise RecipeError(
+                f"stages.{name}.losses.{term.name}: '{term.entry.use}' reads a teacher; there is none here"
+            )
+    return losses
+
+
+def _artifact_entry(context: RunContext, name: str, insists: Mapping[str, object], fuse: str | None) -> LossSlot:
+    """What an artifact stage trains: its plugin, with the parameters that a loss insists on before its own."""
+    stage = context.recipe.stages.get(name)
+    if stage is None or stage.use is None:
+        raise RecipeError(
+            f"stages.{name}: a loss needs this stage's module, and the recipe has no such stage; add it, or take the "
+            "loss away"
+        )
+    fuse = fuse if fuse in context.fusions else None
+    return LossSlot(use=stage.use, params={**stage.params, **insists}, fuse=fuse)

@@ -1,0 +1,72 @@
+"""What a run prints, sentence by sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kdzoo.run import messages
+
+
+def test_one_tokenizer_needs_no_alignment():
+    assert messages.one_tokenizer(20) == "20 training rows; teacher and student share one tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("readers", "end"),
+    [
+        ([], "('by_bytes'; no loss reads them)"),
+        (["alm"], "('by_bytes'; read by 'alm')"),
+        (["alm", "dskd"], "('by_bytes'; read by 'alm', 'dskd')"),
+    ],
+)
+def test_two_tokenizers_show_how_much_is_aligned_and_who_reads_it(readers, end):
+    assert messages.two_tokenizers(7, 0.9876, 0.5, "by_bytes", readers) == (
+        "7 training rows; two tokenizers, 98.8% of the student's response tokens lie in aligned spans and 50.0% in "
+        f"pairs {end}"
+    )
+
+
+def test_padded_heads_show_three_sizes():
+    assert messages.padded_heads(151936, 152064, 151646) == (
+        "their heads are padded, the student's to 151,936 entries and the teacher's to 152,064; the 151,646 of the "
+        "tokenizer are compared"
+    )
+
+
+def test_a_mixture_shows_which_state_each_loss_reads():
+    assert messages.mixture(8, {"residual": "mean", "kd": None}) == (
+        "teacher: a mixture of 8 experts; 'residual' reads 'mean'; 'kd' reads its own state"
+    )
+    assert messages.mixture(8, {}) == "teacher: a mixture of 8 experts"
+    assert messages.nothing_to_fuse("all") == ("fuse.all: the teacher is no mixture of experts; its own state is read")
+
+
+def test_the_teachers_errors_are_a_share():
+    assert messages.teacher_accuracy(0.75) == "teacher: wrong on 25.0% of the response tokens of the training rows"
+
+
+@pytest.mark.parametrize(
+    ("split", "cached", "text"),
+    [
+        ("train", False, "projectors: on training rows cross entropy 1.500, accuracy 0.250"),
+        ("held_out", True, "projectors: on held-out rows cross entropy 1.500, accuracy 0.250 (cached)"),
+    ],
+)
+def test_an_artifact_is_reported_by_its_terms(split, cached, text):
+    values = {"projectors/cross_entropy": 1.5, "projectors/accuracy": 0.25}
+    assert messages.artifact_report("projectors", split, values, cached) == text
+
+
+def test_places_are_named():
+    assert messages.found_in_cache("sft", Path("a/b")) == "sft: trained before, found in the cache (a/b)"
+    assert messages.run_folder(Path("runs/x")) == "run folder: runs/x"
+
+
+def test_an_error_is_one_line_whatever_its_text():
+    assert messages.first_line(ValueError("\n no login\nmany lines more")) == "ValueError: no login"
+    assert messages.first_line(ValueError()) == "ValueError: "
+    assert messages.tracker_disabled("wandb", OSError("no route")) == (
+        "warning: the tracker 'wandb' failed and was disabled for this run (OSError: no route)"
+    )

@@ -1,0 +1,108 @@
+"""A recipe is resolved once: every source is read once, every loss asked once, and what does not fit is refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from kdzoo.api.loss import Loss
+from kdzoo.data.rows import Row
+from kdzoo.errors import RecipeError
+from kdzoo.plugin.registry import load_plugins
+from kdzoo.recipe.load import load_recipe
+from kdzoo.recipe.model import Recipe
+from kdzoo.run import inputs
+from kdzoo.run.context import RunContext
+from kdzoo.run.resolved import resolve_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def context(recipe: Recipe, same_tokens: bool = True) -> RunContext:
+    return cast(
+        RunContext, SimpleNamespace(recipe=recipe, registry=load_plugins(), same_tokens=same_tokens, fusions={})
+    )
+
+
+def recipe_of(name: str, *sets: str) -> Recipe:
+    return load_recipe(RECIPES / name, sets=sets).recipe
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the rows of each address were read."""
+    count: Counter[str] = Counter()
+
+    def load(_: Any, address: str) -> list[Row]:
+        count[address] += 1
+        return [Row("1", address, "", ("answer",))]
+
+    monkeypatch.setattr(inputs, "load_rows", load)
+    return count
+
+
+def test_every_source_is_read_once_and_shared_by_its_stages(read):
+    own = 'stages.sft.data={"lab": "train", "limit": 3}'
+    resolved = resolve_recipe(context(recipe_of("residual.json", own)))
+    assert read.keys() >= {"data.train", "data.held_out", "stages.sft.data"}
+    assert set(read.values()) == {1}
+    (artifact,) = resolved.artifacts["residual"].values()
+    assert resolved.distill.source is artifact.source
+    assert resolved.alone["teacher"].source.address == "stages.teacher.data"
+    assert resolved.alone["sft"].source.address == "stages.sft.data"
+    assert list(resolved.sets) == list(recipe_of("residual.json").evaluation.sets)
+
+
+def test_every_loss_is_asked_once_for_its_needs(read, monkeypatch):
+    found = context(recipe_of("residual.json"))
+    asked: Counter[type] = Counter()
+    for loss in found.registry.of(Loss).values():
+
+        def needs(params: Any, same: bool, loss: Any = loss, original: Any = loss.needs) -> Any:
+            asked[loss] += 1
+            return original(params, same)
+
+        monkeypatch.setattr(loss, "needs", needs)
+    resolved = resolve_recipe(found)
+    stages = [resolved.distill, *resolved.alone.values(), *(s for t in resolved.artifacts.values() for s in t.values())]
+    assert asked == Counter(term.loss for stage in stages for term in stage.losses)
+
+
+def test_an_artifact_stage_has_the_parameters_that_its_loss_insists_on(read):
+    resolved = resolve_recipe(context(recipe_of("residual.json")))
+    (term,) = [term for term in resolved.distill.losses if term.needs.artifacts]
+    ((name, insists),) = term.needs.artifacts.items()
+    (trained,) = resolved.artifacts[term.name][name].losses
+    assert trained.name == name
+    assert insists.items() <= trained.entry.params.items()
+
+
+def test_a_stage_that_a_loss_needs_must_be_there(read):
+    (name,) = next(iter(resolve_recipe(context(recipe_of("residual.json"))).artifacts.values()))
+    recipe = recipe_of("residual.json")
+    recipe = recipe.model_copy(update={"stages": {n: s for n, s in recipe.stages.items() if n != name}})
+    with pytest.raises(RecipeError, match=rf"^stages\.{name}: a loss needs this stage's module, .* has no such stage"):
+        resolve_recipe(context(recipe))
+
+
+def test_a_stage_of_one_model_refuses_a_loss_that_reads_a_teacher(read):
+    recipe = recipe_of("forward_kl.json", 'stages.sft.losses={"kd": {"use": "forward_kl"}}')
+    with pytest.raises(
+        RecipeError, match=r"^stages\.sft\.losses\.kd: 'forward_kl' reads a teacher; there is none here$"
+    ):
+        resolve_recipe(context(recipe))
+
+
+def test_a_loss_for_one_tokenizer_is_refused_where_there_are_two(read):
+    with pytest.raises(RecipeError, match=r"^losses\.\w+: 'forward_kl' compares two models token by token"):
+        resolve_recipe(context(recipe_of("forward_kl.json"), same_tokens=False))
+    assert not read
+
+
+def test_a_fusion_that_a_dense_teacher_lacks_leaves_its_own_state(read):
+    for term in resolve_recipe(context(recipe_of("dskd_plus_residual.json"))).distill.losses:
+        assert (term.state, term.prediction, term.fused) == ("hidden.last", "hidden.last", False)
