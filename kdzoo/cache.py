@@ -26,14 +26,14 @@ def content_key(content: Any) -> str:
 
 
 def cached_path(kind: str, content: Mapping[str, Any]) -> Path:
-    """Where the artefact made from `content` stands, or will."""
+    """Where the artifact made from `content` stands, or will."""
     return cache_dir() / kind / content_key(content)
 
 
 def cached_folder(kind: str, content: Mapping[str, Any], build: Callable[[Path], None]) -> Path:
     """The folder made from `content`: found, or built by `build(folder)` and moved into place whole.
 
-    A build that fails or is interrupted leaves nothing behind. `made_from.json` beside the artefact says what it is.
+    A build that fails or is interrupted leaves nothing behind. `made_from.json` in it holds `content`.
     """
     target = cached_path(kind, content)
     if target.exists():

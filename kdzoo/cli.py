@@ -1,4 +1,8 @@
-"""The command line. What a command needs is imported inside it: only `run` waits for torch."""
+"""The command line.
+
+What a command needs is imported inside it, and torch only after the arguments were checked: a wrong name is refused
+at once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from kdzoo.errors import KdzooError
+from kdzoo.errors import KdzooError, PluginError, did_you_mean
 
 if TYPE_CHECKING:
     from kdzoo.plugin.declarations import Declarations, Declared
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
 FILE = click.Path(path_type=Path)
 
 plugin_option = click.option(
-    "--plugin", "plugins", type=FILE, multiple=True, metavar="FILE", help="A loose plugin file; repeatable."
+    "--plugin", "plugins", type=FILE, multiple=True, metavar="FILE", help="Load a plugin from this file. Repeatable."
 )
 
 
@@ -35,14 +39,14 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "sets",
             multiple=True,
             metavar="KEY=VALUE",
-            help="Set one key, such as stages.distill.steps=100; null deletes it; repeatable.",
+            help="Set one key, such as stages.distill.steps=100; null deletes the key. Repeatable.",
         ),
         click.option(
             "--on",
             type=FILE,
             multiple=True,
             metavar="PAIR",
-            help="Merge this recipe over it, such as a pair; repeatable.",
+            help="Merge another recipe over RECIPE, such as a pair of models. Repeatable.",
         ),
         click.argument("recipe", type=FILE),
     ):
@@ -53,13 +57,18 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="kdzoo")
 def cli() -> None:
-    """Distil a language model into a smaller one, from the teacher's inside."""
+    """White-box knowledge distillation for language models.
+
+    A RECIPE, PAIR or SUITE is a file, or the name of one that comes with kdzoo ('kdzoo list --recipes').
+    """
 
 
 @cli.command()
 @recipe_options
-@click.option("--ranks", type=click.IntRange(min=1), metavar="N", help="Processes; by default one per GPU, or one.")
-@click.option("--out", type=FILE, metavar="DIR", help="The run folder.")
+@click.option(
+    "--ranks", type=click.IntRange(min=1), metavar="N", help="Number of processes (default: one per GPU, or 1)."
+)
+@click.option("--out", type=FILE, metavar="DIR", help="Run folder (default: runs/<time>-<title>).")
 def run(
     recipe: Path,
     on: Sequence[Path],
@@ -68,7 +77,10 @@ def run(
     ranks: int | None,
     out: Path | None,
 ) -> int:
-    """Train and evaluate what RECIPE says."""
+    """Train and evaluate a recipe.
+
+    RECIPE is a file, or the name of a recipe that comes with kdzoo.
+    """
     from kdzoo.run import launch_run
 
     return launch_run(recipe_path=recipe, on=on, sets=sets, plugins=plugins, ranks=ranks, out=out)
@@ -77,7 +89,10 @@ def run(
 @cli.command()
 @recipe_options
 def validate(recipe: Path, on: Sequence[Path], sets: Sequence[str], plugins: Sequence[Path]) -> None:
-    """Say what RECIPE would do, or everything that is wrong with it."""
+    """Check a recipe and summarize it in one line.
+
+    All faults are printed at once, each with the file or flag that caused it.
+    """
     from kdzoo.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, on, sets, plugins)
@@ -86,9 +101,9 @@ def validate(recipe: Path, on: Sequence[Path], sets: Sequence[str], plugins: Seq
 
 @cli.command()
 @recipe_options
-@click.option("--origin", is_flag=True, help="Show which file or flag set each value.")
+@click.option("--origin", is_flag=True, help="Print one line per value, with the file or flag that set it.")
 def show(recipe: Path, on: Sequence[Path], sets: Sequence[str], plugins: Sequence[Path], origin: bool) -> None:
-    """Print RECIPE with everything merged, as JSON."""
+    """Print a recipe as JSON, with all files and flags merged."""
     from kdzoo.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, on, sets, plugins)
@@ -96,20 +111,56 @@ def show(recipe: Path, on: Sequence[Path], sets: Sequence[str], plugins: Sequenc
 
 
 @cli.command("eval")
-@click.option("--on", "sets", multiple=True, metavar="SETS", help="Sets, separated by commas; a run has its own.")
-@click.option("--decoding", "decodings", multiple=True, metavar="NAME", help="greedy or sampling; repeatable.")
-@click.option("--seed", "seeds", type=int, multiple=True, help="A decoding seed, not 10 to 50; repeatable.")
-@click.option("--no-repeat-ngram-size", type=click.IntRange(min=0), metavar="N", help="0: n-grams may repeat.")
-@click.option("--max-prompt-length", type=click.IntRange(min=1), metavar="N", help="Tokens that a prompt keeps.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Tokens of an answer.")
-@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="The first rows of each set only.")
-@click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Prompts at a time.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Of the weights.")
-@click.option("--chat/--no-chat", default=None, help="The tokenizer's own chat template.")
-@click.option("--engine", type=click.Choice(["own", "vllm"]), default="own", help="What generates.")
-@click.option("--ranks", type=click.IntRange(min=1), metavar="N", help="Processes; of vLLM: GPUs.")
-@click.option("--out", type=FILE, metavar="DIR", help="Keep answers and scores in a folder.")
-@click.option("--json", "as_json", is_flag=True, help="Scores, and what they depend on, as JSON.")
+@click.option(
+    "--on",
+    "sets",
+    multiple=True,
+    metavar="SETS",
+    help="Evaluation sets, separated by commas (default: those of the run).",
+)
+@click.option(
+    "--decoding",
+    "decodings",
+    multiple=True,
+    metavar="NAME",
+    help="Decoding to use, such as greedy or sampling (default: all). Repeatable.",
+)
+@click.option(
+    "--seed",
+    "seeds",
+    type=int,
+    multiple=True,
+    metavar="N",
+    help="Sampling seed (default: 10 20 30 40 50). Repeatable.",
+)
+@click.option(
+    "--no-repeat-ngram-size",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Forbid repeated n-grams of this length; 0 allows all.",
+)
+@click.option(
+    "--max-prompt-length", type=click.IntRange(min=1), metavar="N", help="Cut prompts to this number of tokens."
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), metavar="N", help="Longest answer, in tokens.")
+@click.option("--limit", type=click.IntRange(min=1), metavar="N", help="Evaluate only the first N rows of each set.")
+@click.option("--batch", type=click.IntRange(min=1), metavar="N", help="Number of prompts per batch and process.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), help="Precision of the weights.")
+@click.option("--chat/--no-chat", default=None, help="Use the tokenizer's own chat template, or do not.")
+@click.option(
+    "--engine",
+    type=click.Choice(["own", "vllm"]),
+    default="own",
+    help="Generate with kdzoo's own engine (default) or with vLLM.",
+)
+@click.option(
+    "--ranks",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Number of processes (default: one per GPU, or 1); with vLLM, number of GPUs (default: 1).",
+)
+@click.option("--out", type=FILE, metavar="DIR", help="Write answers and scores to this folder.")
+@click.option("--json", "as_json", is_flag=True, help="Print scores and settings as JSON.")
 @plugin_option
 @click.argument("model", metavar="MODEL_OR_RUN")
 def evaluate(
@@ -122,13 +173,20 @@ def evaluate(
     plugins: Sequence[Path],
     **asked: Any,
 ) -> int:
-    """Score a model on SETS: a run's student, a folder, or a name of the hub."""
-    from kdzoo.run import launch
-    from kdzoo.run.evaluation import Asked, EvaluationTask, evaluate_with_vllm, plan
+    """Evaluate a model or the student of a run.
+
+    MODEL_OR_RUN is a run folder, a model folder, or a model name on the Hugging Face hub. A run is evaluated with its
+    own settings, any other model with the settings that are usual in the literature.
+    """
+    from kdzoo.run.evaluation_plan import Asked, plan, require_places
 
     names = tuple(name for given in sets for name in given.split(",") if name)
     wanted = Asked(model, names, tuple(decodings), tuple(seeds), plugins=tuple(plugins), **asked)
-    plan(wanted)  # before a process is started for nothing
+    require_places(plan(wanted))
+    # What is imported from here on takes seconds.
+    from kdzoo.run import launch
+    from kdzoo.run.evaluation import EvaluationTask, evaluate_with_vllm
+
     if engine == "own":
         return launch(EvaluationTask(wanted), ranks)
     evaluate_with_vllm(wanted, ranks or 1)
@@ -137,15 +195,36 @@ def evaluate(
 
 @cli.command()
 @click.option(
-    "--on", type=FILE, multiple=True, metavar="PAIR", help="Compare on this pair, not on the suite's; repeatable."
+    "--on", type=FILE, multiple=True, metavar="PAIR", help="Pair of models, instead of those of SUITE. Repeatable."
 )
-@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set one key of every recipe; repeatable.")
-@click.option("--seed", "seeds", type=int, multiple=True, help="A training seed, not the suite's; repeatable.")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, metavar="N", help="Runs at a time.")
-@click.option("--ranks", type=click.IntRange(min=1), metavar="N", help="Processes of each run.")
-@click.option("--out", type=FILE, default=Path("runs/compare"), metavar="DIR", help="Where run folders and results go.")
-@click.option("--ledger", type=FILE, metavar="DIR", help="Where results go, if not to --out.")
-@click.option("--dry-run", is_flag=True, help="Say which runs there are and which are missing, and run none.")
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Set one key of every recipe. Repeatable.",
+)
+@click.option(
+    "--seed",
+    "seeds",
+    type=int,
+    multiple=True,
+    metavar="N",
+    help="Training seed, instead of those of SUITE. Repeatable.",
+)
+@click.option(
+    "--jobs", type=click.IntRange(min=1), default=1, metavar="N", help="Number of parallel runs (default: 1)."
+)
+@click.option("--ranks", type=click.IntRange(min=1), metavar="N", help="Number of processes of each run.")
+@click.option(
+    "--out",
+    type=FILE,
+    default=Path("runs/compare"),
+    metavar="DIR",
+    help="Folder for run folders and results (default: runs/compare).",
+)
+@click.option("--ledger", type=FILE, metavar="DIR", help="Folder for the results (default: that of --out).")
+@click.option("--dry-run", is_flag=True, help="List the missing runs and stop.")
 @plugin_option
 @click.argument("suite", type=FILE)
 def compare(
@@ -160,7 +239,11 @@ def compare(
     dry_run: bool,
     plugins: Sequence[Path],
 ) -> int:
-    """Run what is missing of SUITE, recipes times training seeds, and report."""
+    """Run a suite of recipes and training seeds, and report.
+
+    SUITE is a file, or the name of a suite that comes with kdzoo. Finished runs are kept: an interrupted comparison
+    continues where it stopped.
+    """
     from kdzoo.compare.suite import load_suite
 
     loaded = load_suite(suite, on, sets, plugins, seeds)
@@ -172,15 +255,18 @@ def compare(
 
 
 @cli.command()
-@click.option("--title", metavar="TEXT", help="Of the page, if not the first suite's.")
-@click.option("--markdown", type=FILE, metavar="FILE", help="Where the Markdown goes, if not beside the first SUITE.")
-@click.option("--html", type=FILE, metavar="FILE", help="Where the HTML page goes.")
-@click.option("--figures", type=FILE, metavar="DIR", help="Where the figures go, as PNG.")
-@click.argument("suites", type=FILE, nargs=-1, required=True, metavar="SUITE...")
+@click.option("--title", metavar="TEXT", help="Title of the page (default: that of the first suite).")
+@click.option("--markdown", type=FILE, metavar="FILE", help="Markdown file (default: beside the first RESULTS).")
+@click.option("--html", type=FILE, metavar="FILE", help="HTML file (default: beside the first RESULTS).")
+@click.option("--figures", type=FILE, metavar="DIR", help="Folder for the figures as PNG (default: figures beside it).")
+@click.argument("suites", type=FILE, nargs=-1, required=True, metavar="RESULTS...")
 def report(
     suites: Sequence[Path], title: str | None, markdown: Path | None, html: Path | None, figures: Path | None
 ) -> None:
-    """Make the report of SUITE, a file of a ledger; of several, one page."""
+    """Write the report of a comparison again, from its results alone.
+
+    RESULTS is a file that 'kdzoo compare' wrote, such as runs/compare/lab.json. Several files give one page.
+    """
     from kdzoo.report.write import Places
 
     beside = Places.beside(suites[0])
@@ -189,19 +275,22 @@ def report(
 
 
 @cli.command()
-@click.option("--suite", "of_suites", is_flag=True, help="Of suites, not of recipes.")
+@click.option("--suite", "of_suites", is_flag=True, help="Print the schema of suites instead.")
 @plugin_option
-@click.option("--write", type=FILE, metavar="PATH", help="Write it to a file.")
+@click.option("--write", type=FILE, metavar="PATH", help="Write to this file instead of the screen.")
 def schema(of_suites: bool, plugins: Sequence[Path], write: Path | None) -> None:
-    """Print the JSON Schema of recipe files, made from the plugins."""
+    """Print the JSON Schema of recipes or suites.
+
+    The schema of recipes has the parameters of all plugins.
+    """
     _print_or_write(_json(_schema_of_suites() if of_suites else _schema_of_recipes(plugins)) + "\n", write)
 
 
 @cli.command()
 @plugin_option
-@click.option("--write", type=FILE, metavar="PATH", help="Write it to a file.")
+@click.option("--write", type=FILE, metavar="PATH", help="Write to this file instead of the screen.")
 def docs(plugins: Sequence[Path], write: Path | None) -> None:
-    """Print what the plugins offer as a page of Markdown."""
+    """Print the documentation of all plugins as Markdown."""
     from kdzoo.plugin.declarations import declarations
     from kdzoo.plugin.markdown import page
 
@@ -209,51 +298,51 @@ def docs(plugins: Sequence[Path], write: Path | None) -> None:
 
 
 @cli.command("list")
+@click.option("--recipes", is_flag=True, help="List the recipes and suites that come with kdzoo instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 @plugin_option
-@click.option("--json", "as_json", is_flag=True, help="Everything that is declared, as JSON.")
-def list_plugins(plugins: Sequence[Path], as_json: bool) -> None:
-    """List what the plugins offer, with all parameters."""
-    from dataclasses import asdict
-
-    from kdzoo.plugin.declarations import declarations
-
-    declared = declarations(plugins)
-    if as_json:
-        click.echo(_json(asdict(declared)))
-    elif sys.stdout.isatty():
-        _print_tables(declared)
+def list_(recipes: bool, as_json: bool, plugins: Sequence[Path]) -> None:
+    """List plugins with their parameters, or recipes by name."""
+    if recipes:
+        _list_recipes(as_json)
     else:
-        click.echo("\n".join(_lines(declared)))
+        _list_plugins(plugins, as_json)
 
 
 @cli.command()
-@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set a parameter of the loss; repeatable.")
-@click.option("--ranks/--no-ranks", default=True, help="Whether two ranks of ZeRO-3 are tried, half a minute.")
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Set one parameter of the loss. Repeatable.")
+@click.option("--ranks/--no-ranks", default=True, help="Also test on two ranks of ZeRO-3, which takes half a minute.")
 @plugin_option
 @click.argument("name_or_file")
 def check(name_or_file: str, sets: Sequence[str], ranks: bool, plugins: Sequence[Path]) -> int:
-    """Hold a loss, or every loss of a plugin file, to what losses promise."""
-    from kdzoo.plugin.registry import losses_called
+    """Test a loss against the rules that every loss must keep.
+
+    NAME_OR_FILE is the name of a loss, or a plugin file, of which every loss is tested.
+    """
     from kdzoo.recipe.load import flag
     from kdzoo.recipe.merge import merge
+
+    _require_loss(name_or_file, plugins)
+    params = merge([flag(text) for text in sets]).document
+    # What is imported from here on takes seconds.
+    from kdzoo.plugin.registry import losses_called
     from kdzoo.testing import conformance
 
-    params = merge([flag(text) for text in sets]).document
     kept = True
     for loss in losses_called(name_or_file, plugins):
         results = conformance(loss, params, ranks=ranks)
         click.echo(f"{loss.name}{f' with {json.dumps(params)}' if params else ''}")
         for result in results:
-            mark = click.style("FAILED", fg="red") if result.fault else click.style("ok", fg="green") + "    "
-            click.echo(f"  {mark}  {result.check:<12}{result.promise}")
-            if result.fault:
-                click.echo(f"          {result.fault}")
-                kept = False
+            text, color = MARKS[result.status]
+            click.echo(f"  {click.style(f'{text:<7}', fg=color)}  {result.check:<13}{result.promise}")
+            if result.reason:
+                click.echo(f"           {result.reason}")
+            kept = kept and result.status == "ok"
     return 0 if kept else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; the exit code is 2 for what the user can fix."""
+    """Run a command and return its exit code: 2 for what the user can fix."""
     try:
         code = cli.main(arguments, prog_name="kdzoo", standalone_mode=False)
         sys.stdout.flush()
@@ -326,7 +415,7 @@ def _schema_of_recipes(plugins: Sequence[Path]) -> dict[str, Any]:
 
 def _summary(recipe: Recipe) -> str:
     losses = ", ".join(_term(name, slot) for name, slot in recipe.losses.items())
-    places = {"teacher": 0, "sft": 1, "distill": 3}  # what makes an artefact stands between, as it runs
+    places = {"teacher": 0, "sft": 1, "distill": 3}  # what makes an artifact stands between, as it runs
     in_order = sorted(recipe.stages.items(), key=lambda item: places.get(item[0], 2))
     stages = ", ".join(_length(name, stage) for name, stage in in_order)
     models = f"{_model(recipe.student)}{_lora(recipe.student)} learns from {_model(recipe.teacher)}"
@@ -365,7 +454,62 @@ def _origins(loaded: LoadedRecipe) -> Iterator[str]:
         yield f"{address} = {json.dumps(value, ensure_ascii=False)}  ({loaded.provenance[address]})"
 
 
+# check
+
+
+MARKS = {"ok": ("ok", "green"), "failed": ("FAILED", "red"), "skipped": ("skipped", "yellow")}
+"""The status of a check -> how it is printed."""
+
+
+def _require_loss(name_or_file: str, plugins: Sequence[Path]) -> None:
+    """Refuse what is neither a loss nor a file, before torch is imported."""
+    if Path(name_or_file).is_file():
+        return
+    if name_or_file.endswith(".py"):
+        raise PluginError(f"{name_or_file}: no such file; give a loss of 'kdzoo list', or a plugin's file")
+    from kdzoo.plugin.declarations import declarations
+
+    losses = declarations(plugins).of("loss")
+    if name_or_file not in losses:
+        close = did_you_mean(name_or_file, losses)
+        raise PluginError(f"{name_or_file}: no such loss{close}; give a loss of 'kdzoo list', or a plugin's file")
+
+
 # list
+
+
+def _list_recipes(as_json: bool) -> None:
+    from kdzoo.recipe.library import RECIPES, SUITES, library, shelf
+
+    titles = {folder: {name: _title(file) for name, file in shelf(folder).items()} for folder in (*RECIPES, *SUITES)}
+    if as_json:
+        click.echo(_json({folder or "recipes": names for folder, names in titles.items()}))
+        return
+    for folder, names in titles.items():
+        width = max(map(len, names))
+        click.echo(f"{folder or 'recipes'} ({library() / folder}):")
+        for name, title in names.items():
+            click.echo(f"  {name:<{width}}  {title}".rstrip())
+
+
+def _title(file: Path) -> str:
+    """What a recipe says that it is; of one that only others extend, nothing."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    return str(content.get("title") or content.get("pair") or "")
+
+
+def _list_plugins(plugins: Sequence[Path], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from kdzoo.plugin.declarations import declarations
+
+    declared = declarations(plugins)
+    if as_json:
+        click.echo(_json(asdict(declared)["by_kind"]))
+    elif sys.stdout.isatty():
+        _print_tables(declared)
+    else:
+        click.echo("\n".join(_lines(declared)))
 
 
 def _lines(declared: Declarations) -> Iterator[str]:
@@ -398,15 +542,10 @@ def _print_tables(declared: Declarations) -> None:
 
 
 def _kinds(declared: Declarations) -> Iterator[tuple[str, dict[str, Declared]]]:
-    """Those of which there are any."""
-    kinds = {
-        "losses": declared.losses,
-        "aligners": declared.aligners,
-        "fusions": declared.fusions,
-        "anatomies": declared.anatomies,
-        "trackers": declared.trackers,
-    }
-    yield from ((kind, plugins) for kind, plugins in kinds.items() if plugins)
+    """Those of which there are any, in the plural."""
+    for kind, plugins in declared.by_kind.items():
+        words = kind.replace("_", " ")
+        yield words + ("es" if words.endswith("s") else "s"), plugins
 
 
 def _parameters(schema: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

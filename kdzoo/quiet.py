@@ -9,29 +9,39 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars, advice or warnings of transformers and huggingface_hub; as before afterwards."""
+def quiet_hub() -> Iterator[None]:
+    """No progress bars, advice or warnings of huggingface_hub; as before afterwards. Imports nothing heavier."""
     from huggingface_hub import utils as hub
-    from transformers.utils import logging as transformers_logging
 
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    hub_logger, hub_bars = logging.getLogger("huggingface_hub"), not hub.are_progress_bars_disabled()
-    hub_level = hub_logger.level
+    logger, bars = logging.getLogger("huggingface_hub"), not hub.are_progress_bars_disabled()
+    level = logger.level
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        transformers_logging.set_verbosity(logging.CRITICAL)
-        transformers_logging.disable_progress_bar()
-        hub_logger.setLevel(logging.CRITICAL)
+        logger.setLevel(logging.CRITICAL)
         hub.disable_progress_bars()
         try:
             yield
         finally:
-            transformers_logging.set_verbosity(verbosity)
-            hub_logger.setLevel(hub_level)
+            logger.setLevel(level)
             if bars:
-                transformers_logging.enable_progress_bar()
-            if hub_bars:
                 hub.enable_progress_bars()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """The same, and transformers too."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        with quiet_hub():
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager

@@ -6,12 +6,12 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
 from kdzoo.errors import RecipeError
 from kdzoo.plugin.declarations import declarations
+from kdzoo.recipe.library import close_recipes, recipe_file
 from kdzoo.recipe.merge import Layer, Merged, in_text, leaves, merge
 from kdzoo.recipe.model import Recipe
 from kdzoo.recipe.schema import Schema, recipe_schema
@@ -40,15 +40,15 @@ def load_recipe(
     over: Sequence[Layer] = (),
     schema_of: Callable[[tuple[Path, ...]], Schema] | None = None,
 ) -> LoadedRecipe:
-    """The recipe at `path`, with the recipes `on`, the patches `over` and then the `key.path=value` of `sets` merged
-    over it. Whoever loads many brings a `whole_schema` that remembers as `schema_of`.
+    """The recipe at `path`, or of that name, with the recipes `on`, the patches `over` and then the `key.path=value` of
+    `sets` merged over it. Whoever loads many brings a `whole_schema` that remembers as `schema_of`.
 
     Raises `RecipeError` with one line per fault; `PluginError` where a plugin cannot be loaded.
     """
-    path = _existing(path)
+    path = existing_recipe(path)
     layers = [*_layers(path)]
     for pair in on:
-        layers += _layers(_existing(pair))
+        layers += _layers(existing_recipe(pair))
     layers += over
     layers += [flag(text) for text in sets]
     merged = merge(layers)
@@ -81,11 +81,11 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = _parse(text)
     except json.JSONDecodeError as error:
-        raise RecipeError(f"{path}:{error.lineno}:{error.colno}: not JSON; {error.msg.lower()}") from error
+        raise RecipeError(f"{path}:{error.lineno}:{error.colno}: not JSON ({error.msg.lower()}); correct it") from error
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"{path}: not an object; it starts with '{{'")
+        raise RecipeError(f"{path}: not a JSON object; a recipe starts with '{{'")
     return content
 
 
@@ -98,11 +98,12 @@ def _layers(path: Path, below: tuple[Path, ...] = ()) -> Iterator[Layer]:
     extends = patch.pop("extends", [])
     extends = [extends] if isinstance(extends, str) else extends
     if not (isinstance(extends, list) and all(isinstance(parent, str) for parent in extends)):
-        raise RecipeError(f"{path}: 'extends' is not a path or a list of paths")
+        raise RecipeError(f"{path}: 'extends' is neither a path nor a list of paths; give one of the two")
     for parent in extends:
-        file = Path(os.path.normpath(path.parent / parent))
-        if not file.is_file():
-            raise RecipeError(f"{path}: extends '{parent}', which does not exist{_close(file)}")
+        file = recipe_file(parent, path.parent)
+        if file is None:
+            close = close_recipes(Path(os.path.normpath(path.parent / parent)))
+            raise RecipeError(f"{path}: extends '{parent}', which does not exist{close}")
         yield from _layers(file, (*below, path))
     yield Layer(str(path), path.parent, patch)
 
@@ -112,7 +113,7 @@ def flag(text: str) -> Layer:
     address, equals, value = text.partition("=")
     keys = address.split(".")
     if not equals or not all(keys):
-        raise RecipeError(f"--set {text}: not of the form key.path=value")
+        raise RecipeError(f"--set {text}: not a setting; write it as key.path=value")
     try:
         patch = _parse(value)
     except json.JSONDecodeError:
@@ -141,22 +142,12 @@ def _recipe_plugins(merged: Merged) -> list[Path]:
     return list(files.values())
 
 
-def _existing(path: Path) -> Path:
-    """A recipe's path, which may lack its ".json"."""
-    with_ending = path.with_name(path.name + ".json")
-    if path.is_file():
-        return path
-    if with_ending.is_file():
-        return with_ending
-    raise RecipeError(f"{path}: no such recipe{_close(path)}")
-
-
-def _close(path: Path) -> str:
-    """The recipes nearby whose names are close to the one that does not exist."""
-    files = [*path.parent.glob("*.json"), *Path("recipes").rglob("*.json")]
-    nearby = {file.stem: file for file in sorted(files)}
-    close = [f"'{nearby[stem]}'" for stem in get_close_matches(path.stem, nearby, n=3, cutoff=0.6)]
-    return f", did you mean {' or '.join(close)}?" if close else ""
+def existing_recipe(path: Path) -> Path:
+    """The file of a recipe that a user named. Raises RecipeError."""
+    file = recipe_file(str(path))
+    if file is None:
+        raise RecipeError(f"{path}: no such recipe{close_recipes(path)}")
+    return file
 
 
 def _parse(text: str) -> Any:
@@ -168,9 +159,9 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key '{twice}' stands twice in one object; remove one")
+        raise ValueError(f"key '{twice}' occurs twice in one object; remove one")
     return content
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"'{name}' is no JSON number; write a finite one")
+    raise ValueError(f"'{name}' is not a JSON number; write a finite number")

@@ -24,15 +24,15 @@ def recipe_schema(declared: Declarations, whole: bool = False) -> Schema:
     definitions["FusionSlot"] = definitions.pop("Plugged")
     root["properties"]["align"]["$ref"] = "#/$defs/AlignerSlot"
     root["properties"]["fuse"]["additionalProperties"]["$ref"] = "#/$defs/FusionSlot"
-    root["properties"]["trackers"]["items"] = {"enum": sorted(declared.trackers)}
-    definitions |= _params(declared.losses) | _params(declared.aligners) | _params(declared.fusions)
+    root["properties"]["trackers"]["items"] = {"enum": sorted(declared.of("tracker"))}
+    definitions |= _params(declared.of("loss")) | _params(declared.of("aligner")) | _params(declared.of("fusion"))
 
     definitions = {name: _as_patch(definition, whole) for name, definition in definitions.items()}
     for slot, plugins in {
-        "LossSlot": declared.losses,
-        "Stage": declared.losses,
-        "AlignerSlot": declared.aligners,
-        "FusionSlot": declared.fusions,
+        "LossSlot": declared.of("loss"),
+        "Stage": declared.of("loss"),
+        "AlignerSlot": declared.of("aligner"),
+        "FusionSlot": declared.of("fusion"),
     }.items():
         definitions[slot] = _choosing(definitions[slot], plugins, definitions)
     root = _as_patch(root, whole)
@@ -41,7 +41,8 @@ def recipe_schema(declared: Declarations, whole: bool = False) -> Schema:
             "$schema": {"type": "string", "description": "Where an editor finds this schema."},
             "extends": {
                 "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
-                "description": "Recipes that this one is merged over, in this order; relative to this file.",
+                "description": "Recipes that this one is merged over, in this order: paths relative to this file, or "
+                "names of kdzoo's own recipes.",
             },
         } | root["properties"]
     return {

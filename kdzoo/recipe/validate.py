@@ -118,12 +118,13 @@ def _schema_fault(merged: Merged, error: ValidationError) -> Iterator[str]:
         case "additionalProperties":
             known = error.schema.get("properties", {})
             for key in error.instance.keys() - known.keys():
-                yield fault(merged, (*address, key), f"unknown key{_hint(key, known)}")
+                hint = _hint(key, known, none="no key is allowed here")
+                yield fault(merged, (*address, key), f"unknown key{hint}")
         case "required":
             for key in set(error.schema["required"]) - error.instance.keys():
                 yield _missing(merged, (*address, key))
         case "enum" if address[-1:] == ("use",):
-            hint = _hint(error.instance, error.schema["enum"])
+            hint = _hint(error.instance, error.schema["enum"], none="no plugin of this kind is installed")
             yield fault(merged, address, f"no plugin offers {value_in_words(error.instance)}{hint}")
         case "enum":
             words = [value for value in error.schema["enum"] if isinstance(value, str)]
@@ -144,13 +145,14 @@ def _is_not(error: ValidationError) -> str:
     return f"{value_in_words(error.instance)} is not {article}{words}"
 
 
-def _hint(word: Any, known: Sequence[str] | Mapping[str, Any]) -> str:
+def _hint(word: Any, known: Sequence[str] | Mapping[str, Any], none: str = "") -> str:
+    """The closest known word, or all of them; `none` where there are none."""
     if not known:
-        return "; there is none"
+        return f"; {none}"
     return did_you_mean(str(word), known) or f"; known are {', '.join(map(repr, sorted(known)))}"
 
 
-# What it cannot say in a readable way
+# What the schema cannot say in a readable way
 
 
 def _models(merged: Merged) -> Iterator[str]:
@@ -160,7 +162,7 @@ def _models(merged: Merged) -> Iterator[str]:
             if role == "teacher":
                 for key in ("layers", "gradient_checkpointing"):
                     if key in source:
-                        yield fault(merged, (*at, key), "is for the student only; remove it")
+                        yield fault(merged, (*at, key), "is allowed for the student only; remove it")
     yield from _adapters(merged)
 
 
@@ -171,7 +173,7 @@ def _adapters(merged: Merged) -> Iterator[str]:
         if not trained:
             yield fault(merged, at, "no stage trains the teacher; add 'stages.teacher', or remove it")
         if "export" in lora:
-            yield fault(merged, (*at, "export"), "is for the student only; remove it")
+            yield fault(merged, (*at, "export"), "is allowed for the student only; remove it")
     starts = {"student": ["a student"], "teacher": ["a teacher that is trained"] * trained + ["a student's cut"] * cut}
     for role, from_merged in starts.items():
         for at, adapter in merged.objects(role, "adapter"):
@@ -192,45 +194,49 @@ def _stages(merged: Merged) -> Iterator[str]:
         yield from _one_of(merged, at, stage, ("steps", "epochs"))
         name = str(at[-1])
         if name != "distill" and "checkpoint_every" in stage:
-            yield fault(merged, (*at, "checkpoint_every"), "only 'distill' keeps checkpoints; remove it")
+            yield fault(merged, (*at, "checkpoint_every"), "only the stage 'distill' writes checkpoints; remove it")
         if name not in NAMED_STAGES:
             if "use" not in stage:
-                hint = did_you_mean(name, NAMED_STAGES) or "; a stage that makes an artefact names its plugin"
+                hint = did_you_mean(name, NAMED_STAGES) or "; name the loss whose module this stage trains"
                 yield _missing(merged, (*at, "use"), hint)
             if "losses" in stage:
-                yield fault(merged, (*at, "losses"), "a stage that makes an artefact has 'use' instead; remove it")
+                yield fault(
+                    merged, (*at, "losses"), "a stage that makes an artifact trains the loss in 'use'; remove it"
+                )
             continue
         for key in ("use", "params"):
             if key in stage:
-                yield fault(merged, (*at, key), "is for a stage that makes an artefact; remove it")
+                yield fault(merged, (*at, key), "is allowed only in a stage that makes an artifact; remove it")
         if name == "distill" and "losses" in stage:
-            yield fault(merged, (*at, "losses"), "this stage has the recipe's own; use 'losses'")
+            yield fault(merged, (*at, "losses"), "this stage trains the recipe's 'losses'; move them there")
         if name != "distill" and not stage.get("losses"):
-            yield _missing(merged, (*at, "losses"), "; a stage of one model names its own")
+            yield _missing(merged, (*at, "losses"), "; name the losses of this stage")
 
 
 def _losses(merged: Merged) -> Iterator[str]:
     if merged.document.get("losses") == {}:
-        yield fault(merged, ("losses",), "no loss is left; name at least one")
+        yield fault(merged, ("losses",), "is empty; name at least one loss")
     for at, slot in merged.objects("stages", "*", "losses", "*"):
         if slot.get("fuse") is not None:
-            yield fault(merged, (*at, "fuse"), "only the recipe's own losses read a teacher; remove it")
+            yield fault(merged, (*at, "fuse"), "this stage has no teacher whose state a loss could read; remove it")
     fusions = [str(at[-1]) for at, _ in merged.objects("fuse", "*")]
     for at, slot in merged.objects("losses", "*"):
         name = slot.get("fuse")
         if isinstance(name, str) and name not in fusions:
-            yield fault(merged, (*at, "fuse"), f"the recipe's 'fuse' has no '{name}'{_hint(name, fusions)}")
+            yield fault(
+                merged, (*at, "fuse"), f"the recipe's 'fuse' has no '{name}'{_hint(name, fusions, none='it is empty')}"
+            )
 
 
 def _deepspeed(merged: Merged) -> Iterator[str]:
     """DeepSpeed itself ignores a misspelt key of its first level without a word."""
     for at, settings in chain(merged.objects("deepspeed"), merged.objects("stages", "*", "deepspeed")):
         for key in settings.keys() - OWNED_BY_THE_RECIPE.keys() - set(DEEPSPEED_KEYS):
-            yield fault(merged, (*at, key), f"is no key of DeepSpeed{_hint(key, DEEPSPEED_KEYS)}")
+            yield fault(merged, (*at, key), f"is not a key of DeepSpeed's configuration{_hint(key, DEEPSPEED_KEYS)}")
         stage = at[1] if len(at) > 1 else "<stage>"
         for key in settings.keys() & OWNED_BY_THE_RECIPE.keys():
             instead = OWNED_BY_THE_RECIPE[key].format(stage=stage)
-            yield fault(merged, (*at, key), f"belongs to the recipe; use {instead}")
+            yield fault(merged, (*at, key), f"is set by the recipe; use {instead}")
 
 
 def _one_of(merged: Merged, at: Address, section: Mapping[str, Any], keys: Sequence[str]) -> Iterator[str]:
@@ -243,7 +249,7 @@ def _one_of(merged: Merged, at: Address, section: Mapping[str, Any], keys: Seque
         yield f"{in_text(at)}: {setters} exclude each other; set all but one to null"
     for key, partner in COMPANIONS.items():
         if partner in keys and key in section and partner not in section:
-            yield fault(merged, (*at, key), f"goes with '{partner}' only; remove it")
+            yield fault(merged, (*at, key), f"is allowed only together with '{partner}'; remove it")
 
 
 def _set_by(merged: Merged, address: Address) -> str:

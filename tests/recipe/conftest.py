@@ -10,7 +10,6 @@ import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
 from kdzoo.plugin.declarations import Declarations, Declared
-from kdzoo.plugin.discovery import Kind
 from kdzoo.plugin.json_schema import json_schema
 
 
@@ -33,22 +32,23 @@ class NeedyParams(Strict):
     site: str
 
 
-def declare(kind: Kind, name: str, params: type[BaseModel] = Strict) -> Declared:
+def declare(kind: str, name: str, params: type[BaseModel] = Strict) -> Declared:
     return Declared(kind, name, "zoo", f"The {name}.", "", "", json_schema(params, f"{kind}.{name}."))
 
 
 @pytest.fixture
 def declared() -> Declarations:
     return Declarations(
-        losses={
-            "gold": declare("loss", "gold"),
-            "wide": declare("loss", "wide", WideParams),
-            "needy": declare("loss", "needy", NeedyParams),
-        },
-        aligners={"by_bytes": declare("aligner", "by_bytes")},
-        fusions={"mean": declare("fusion", "mean", NeedyParams)},
-        anatomies={},
-        trackers={"curves": declare("tracker", "curves")},
+        {
+            "loss": {
+                "gold": declare("loss", "gold"),
+                "wide": declare("loss", "wide", WideParams),
+                "needy": declare("loss", "needy", NeedyParams),
+            },
+            "aligner": {"by_bytes": declare("aligner", "by_bytes")},
+            "fusion": {"mean": declare("fusion", "mean", NeedyParams)},
+            "tracker": {"curves": declare("tracker", "curves")},
+        }
     )
 
 

@@ -87,7 +87,7 @@ def test_a_flag_is_json_or_else_text(write, valid, text, value):
     path = write("kd.json", valid)
     if value is None:
         assert error_of(path, sets=[f"title={text}"]) == (
-            f"--set title={text}: 'NaN' is no JSON number; write a finite one"
+            f"--set title={text}: 'NaN' is not a JSON number; write a finite number"
         )
     elif isinstance(value, str):
         assert load_recipe(path, sets=[f"title={text}"]).recipe.title == value
@@ -98,7 +98,7 @@ def test_a_flag_is_json_or_else_text(write, valid, text, value):
 
 @pytest.mark.parametrize("flag", ["seed", "=3", "a..b=3", ".a=3", "a.=3"])
 def test_a_flag_that_is_no_assignment_is_refused(write, valid, flag):
-    assert error_of(write("kd.json", valid), sets=[flag]) == f"--set {flag}: not of the form key.path=value"
+    assert error_of(write("kd.json", valid), sets=[flag]) == f"--set {flag}: not a setting; write it as key.path=value"
 
 
 def test_a_flag_below_an_unknown_key_is_an_unknown_key(write, valid):
@@ -116,12 +116,12 @@ def test_all_faults_come_in_one_error(write, valid):
 
 
 BROKEN = {
-    '{"a": 1,\n  "b" 2}': "kd.json:2:7: not JSON; expecting ':' delimiter",
-    '{"a": 1,}': "kd.json:1:9: not JSON; illegal trailing comma before end of object",
-    "": "kd.json:1:1: not JSON; expecting value",
-    '{"a": {"b": 1, "b": 2}}': "kd.json: key 'b' stands twice in one object; remove one",
-    '{"a": NaN}': "kd.json: 'NaN' is no JSON number; write a finite one",
-    "[1]": "kd.json: not an object; it starts with '{'",
+    '{"a": 1,\n  "b" 2}': "kd.json:2:7: not JSON (expecting ':' delimiter); correct it",
+    '{"a": 1,}': "kd.json:1:9: not JSON (illegal trailing comma before end of object); correct it",
+    "": "kd.json:1:1: not JSON (expecting value); correct it",
+    '{"a": {"b": 1, "b": 2}}': "kd.json: key 'b' occurs twice in one object; remove one",
+    '{"a": NaN}': "kd.json: 'NaN' is not a JSON number; write a finite number",
+    "[1]": "kd.json: not a JSON object; a recipe starts with '{'",
 }
 
 
@@ -154,7 +154,9 @@ def test_extending_in_a_circle_names_the_circle(write):
 
 @pytest.mark.parametrize("extends", [1, [1], {"a": 1}, None])
 def test_extends_is_a_path_or_paths(write, extends):
-    assert error_of(write("a.json", {"extends": extends})) == ("a.json: 'extends' is not a path or a list of paths")
+    assert error_of(write("a.json", {"extends": extends})) == (
+        "a.json: 'extends' is neither a path nor a list of paths; give one of the two"
+    )
 
 
 def test_extending_nothing_names_what_is_close(write):
@@ -172,14 +174,13 @@ def test_the_ending_may_be_left_out(write, valid):
 
 
 def test_a_misspelt_recipe_names_those_that_are_close(write, valid):
-    for name in ("recipes/residual.json", "recipes/ablations/residual_2.json", "other.json"):
+    for name in ("mine/residual.json", "mine/residual_2.json", "other.json"):
         write(name, valid)
 
-    assert error_of(Path("recipes/resdual.json")) == (
-        "recipes/resdual.json: no such recipe, did you mean 'recipes/residual.json' or "
-        "'recipes/ablations/residual_2.json'?"
+    assert error_of(Path("mine/resdual.json")) == (
+        "mine/resdual.json: no such recipe, did you mean 'mine/residual.json' or 'mine/residual_2.json'?"
     )
-    assert error_of(Path("zzzzzz")) == "zzzzzz: no such recipe"
+    assert error_of(Path("zzzzzz")) == "zzzzzz: no such recipe; 'kdzoo list --recipes' shows the names"
     assert error_of(Path("other.json"), on=[Path("othre")]) == ("othre: no such recipe, did you mean 'other.json'?")
 
 

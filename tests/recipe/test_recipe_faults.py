@@ -83,15 +83,16 @@ CASES = {
     ),
     "a fusion where there is none": (
         {"losses": {"kd": {"fuse": "mean"}}},
-        "losses.kd.fuse: the recipe's 'fuse' has no 'mean'; there is none (set by patch.json)",
+        "losses.kd.fuse: the recipe's 'fuse' has no 'mean'; it is empty (set by patch.json)",
     ),
     "a fusion for a stage of one model": (
         {"stages": {"sft": {"steps": 1, "losses": {"sft": {"use": "gold", "fuse": "mean"}}}}},
-        "stages.sft.losses.sft.fuse: only the recipe's own losses read a teacher; remove it (set by patch.json)",
+        "stages.sft.losses.sft.fuse: this stage has no teacher whose state a loss could read; remove it "
+        "(set by patch.json)",
     ),
     "a parameter where there is none": (
         {"losses": {"gold": {"params": {"width": 1}}}},
-        "losses.gold.params.width: unknown key; there is none (set by patch.json)",
+        "losses.gold.params.width: unknown key; no key is allowed here (set by patch.json)",
     ),
     "a parameter out of range": (
         {"losses": {"kd": {"params": {"width": 0}}}},
@@ -127,7 +128,7 @@ CASES = {
     ),
     "an aligner's parameter": (
         {"align": {"use": "by_bytes", "params": {"x": 1}}},
-        "align.params.x: unknown key; there is none (set by patch.json)",
+        "align.params.x: unknown key; no key is allowed here (set by patch.json)",
     ),
     "an unknown fusion": (
         {"fuse": {"experts": {"use": "maen", "params": {"site": "x"}}}},
@@ -203,7 +204,7 @@ CASES = {
     ),
     "no term": (
         {"losses": {"gold": None, "kd": None}},
-        "losses: no loss is left; name at least one (set by patch.json)",
+        "losses: is empty; name at least one loss (set by patch.json)",
     ),
     "two sources of a model": (
         {"student": {"name": "gpt2"}},
@@ -216,11 +217,11 @@ CASES = {
     ),
     "a teacher cut from itself": (
         {"teacher": {"name": None, "layers": [0]}},
-        "teacher.layers: is for the student only; remove it (set by patch.json)",
+        "teacher.layers: is allowed for the student only; remove it (set by patch.json)",
     ),
     "a revision of no name": (
         {"student": {"revision": "main"}},
-        "student.revision: goes with 'name' only; remove it (set by patch.json)",
+        "student.revision: is allowed only together with 'name'; remove it (set by patch.json)",
     ),
     "two sources of rows": (
         {"data": {"train": {"jsonl": "x.jsonl"}}},
@@ -237,7 +238,7 @@ CASES = {
     ),
     "a split of no hub data set": (
         {"evaluation": {"sets": {"dolly": {"jsonl": "x", "split": "test"}}}},
-        "evaluation.sets.dolly.split: goes with 'dataset' only; remove it (set by patch.json)",
+        "evaluation.sets.dolly.split: is allowed only together with 'dataset'; remove it (set by patch.json)",
     ),
     "no length of a stage": (
         {"stages": {"distill": {"steps": None}}},
@@ -258,36 +259,37 @@ CASES = {
     ),
     "a stage without a plugin": (
         {"stages": {"projectors": {"steps": 1}}},
-        "stages.projectors.use: missing key; a stage that makes an artefact names its plugin",
+        "stages.projectors.use: missing key; name the loss whose module this stage trains",
     ),
-    "losses of an artefact's stage": (
+    "losses of an artifact's stage": (
         {"stages": {"projectors": {"steps": 1, "use": "wide", "losses": {"x": {"use": "gold"}}}}},
-        "stages.projectors.losses: a stage that makes an artefact has 'use' instead; remove it (set by patch.json)",
+        "stages.projectors.losses: a stage that makes an artifact trains the loss in 'use'; remove it "
+        "(set by patch.json)",
     ),
     "a plugin of a named stage": (
         {"stages": {"distill": {"use": "wide"}}},
-        "stages.distill.use: is for a stage that makes an artefact; remove it (set by patch.json)",
+        "stages.distill.use: is allowed only in a stage that makes an artifact; remove it (set by patch.json)",
     ),
     "losses inside distill": (
         {"stages": {"distill": {"losses": {"x": {"use": "gold"}}}}},
-        "stages.distill.losses: this stage has the recipe's own; use 'losses' (set by patch.json)",
+        "stages.distill.losses: this stage trains the recipe's 'losses'; move them there (set by patch.json)",
     ),
     "no losses of a stage of one model": (
         {"stages": {"sft": {"steps": 1}}},
-        "stages.sft.losses: missing key; a stage of one model names its own",
+        "stages.sft.losses: missing key; name the losses of this stage",
     ),
     "a batch size for the engine": (
         {"deepspeed": {"train_batch_size": 8}},
-        "deepspeed.train_batch_size: belongs to the recipe; use 'stages.<stage>.batch' (set by patch.json)",
+        "deepspeed.train_batch_size: is set by the recipe; use 'stages.<stage>.batch' (set by patch.json)",
     ),
     "clipping in a stage's engine": (
         {"stages": {"distill": {"deepspeed": {"gradient_clipping": 1}}}},
-        "stages.distill.deepspeed.gradient_clipping: belongs to the recipe; use 'stages.distill.clip' "
+        "stages.distill.deepspeed.gradient_clipping: is set by the recipe; use 'stages.distill.clip' "
         "(set by patch.json)",
     ),
     "precision for the engine": (
         {"deepspeed": {"bf16": {"enabled": True}}},
-        "deepspeed.bf16: belongs to the recipe; use 'precision' (set by patch.json)",
+        "deepspeed.bf16: is set by the recipe; use 'precision' (set by patch.json)",
     ),
 }
 
@@ -301,7 +303,7 @@ def test_a_fault_is_this_line(lines, case):
 @pytest.mark.parametrize("key", OWNED_BY_THE_RECIPE)
 def test_every_key_that_the_recipe_owns_is_refused(lines, key):
     (line,) = lines({"deepspeed": {key: 1}})
-    assert line.startswith(f"deepspeed.{key}: belongs to the recipe; use '")
+    assert line.startswith(f"deepspeed.{key}: is set by the recipe; use '")
 
 
 def test_other_keys_of_the_engine_pass_verbatim(lines):
@@ -310,7 +312,9 @@ def test_other_keys_of_the_engine_pass_verbatim(lines):
 
 def test_a_key_that_deepspeed_would_ignore_is_refused(lines):
     (line,) = lines({"deepspeed": {"zero_optimisation": {"stage": 3}}})
-    assert line.startswith("deepspeed.zero_optimisation: is no key of DeepSpeed, did you mean 'zero_optimization'?")
+    assert line.startswith(
+        "deepspeed.zero_optimisation: is not a key of DeepSpeed's configuration, did you mean 'zero_optimization'?"
+    )
 
 
 def test_all_faults_come_at_once_and_sorted(lines):
@@ -324,7 +328,7 @@ def test_all_faults_come_at_once_and_sorted(lines):
         "losses.kd.use: no plugin offers 'wied', did you mean 'wide'? (set by patch.json)",
         "losses.kd.weihgt: unknown key, did you mean 'weight'? (set by patch.json)",
         "sead: unknown key, did you mean 'seed'? (set by patch.json)",
-        "stages.distill.deepspeed.fp16: belongs to the recipe; use 'precision' (set by patch.json)",
+        "stages.distill.deepspeed.fp16: is set by the recipe; use 'precision' (set by patch.json)",
         "stages.distill.steps: 0 is not an integer ≥ 1 (set by patch.json)",
         "student: 'gpt2' is not an object (set by patch.json)",
     ]

@@ -32,7 +32,7 @@ def test_it_is_a_draft_2020_12_schema(declared, whole):
 
 
 def test_without_plugins_it_is_one_too():
-    Draft202012Validator.check_schema(recipe_schema(Declarations({}, {}, {}, {}, {})))
+    Draft202012Validator.check_schema(recipe_schema(Declarations({})))
 
 
 def test_a_file_may_be_any_part_of_a_recipe(accepts, valid):
