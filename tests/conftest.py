@@ -29,6 +29,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """No workers for a test that is named: they would take longer to start than it takes. Else one per core."""
+    return 0 if any("::" in argument for argument in config.args) else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: a worker takes one file after the other, and none is left with a long one."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder with real tokenizers and data beside the checkout; its tests are skipped without it."""
@@ -38,10 +49,17 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def common(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """One folder for all tests of a session, whichever worker runs them."""
+    own = tmp_path_factory.getbasetemp()
+    return own if worker_id == "master" else own.parent
+
+
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """$KDZOO_CACHE where set, so that slow artefacts outlive a session; else a folder for all its tests."""
+def cache(common: Path) -> Iterator[Path]:
+    """$KDZOO_CACHE where set, so that slow artifacts outlive a session; else a folder for all its tests."""
     with pytest.MonkeyPatch.context() as patch:
         if not os.environ.get("KDZOO_CACHE"):
-            patch.setenv("KDZOO_CACHE", str(tmp_path_factory.mktemp("cache")))
+            patch.setenv("KDZOO_CACHE", str(common / "cache"))
         yield Path(os.environ["KDZOO_CACHE"])

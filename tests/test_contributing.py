@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[1]
 PARTS = ("kdzoo", "plugins", "recipes", "tests", "docs", "pyproject.toml", "README.md", "CHANGELOG.md")
 PROGRAMS: Mapping[str, list[str]] = {
     "kdzoo": [sys.executable, "-m", "kdzoo"],
-    "pytest": [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+    "pytest": [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"],
     "python": [sys.executable],
 }
 

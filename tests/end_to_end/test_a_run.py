@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_ranks_and_accumulation import TINY, metrics, run
+from running import DECODINGS, TINY, Run, kdzoo, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
 
 MODELS = ("teacher", "untrained student", "student, data alone", "student")
 """In the order of their scores, after the copy of the input."""
-
-DECODINGS = '{"greedy": {}, "sampled": {"sample": true, "top_p": 0.9, "seeds": [10, 20], "no_repeat_ngram_size": 6}}'
 
 STEP = r"  loss \d+\.\d{3}  [\d,]+ rows/s(  \d+:\d\d left|  took \d+:\d\d)?"
 SCREEN = (
@@ -44,17 +38,14 @@ class Sharpened(kdzoo.Loss):
 
     name, paper, formula = "sharpened", "a test", "L = - sum q log q"
 
-    @classmethod
-    def needs(cls, params, same_tokens):
-        return kdzoo.Needs(visits=(kdzoo.Visit("rows", ("student",)),))
-
-    def over_vocab(self, visit, chunk):
-        log_q = chunk.logprobs("student")
-        return kdzoo.Terms().add("entropy", -(log_q.exp() * log_q).sum())
+    @kdzoo.visit
+    def tokens(self, student):
+        log_q = student.logprobs()
+        return kdzoo.Terms().add("entropy", -(log_q.exp() * log_q).sum(-1))
 
 
 @kdzoo.hookimpl
-def register_losses(register):
+def register_plugins(register):
     register(Sharpened)
 '''
 
@@ -69,55 +60,26 @@ def step_logged(step, metrics, folder):
 """
 
 
-class Finished(NamedTuple):
-    """A run that went well."""
-
-    folder: Path
-    output: str
-    screen: list[str]
-
-    def read(self, name: str) -> Any:
-        return json.loads((self.folder / name).read_text())
-
-    def lines(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / name).read_text().splitlines()]
-
-
-def finished(folder: Path, cache: Path, *flags: str, recipe: Path = TINY) -> Finished:
-    done = run(folder, cache, "--ranks", "1", *flags, recipe=recipe)
-    assert done.returncode == 0, done.stderr
-    return Finished(folder, done.stdout, done.stderr.splitlines())
-
-
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache of this module, empty before `first`."""
-    return tmp_path_factory.mktemp("cache")
+def second(first: Run, warm: Path) -> Run:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDZOO_CACHE", str(warm))
+        return run(first.folder.with_name("second"), "--set", f"evaluation.decoding={DECODINGS}")
 
 
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory, warm: Path) -> Finished:
-    return finished(tmp_path_factory.mktemp("runs") / "first", warm, "--set", f"evaluation.decoding={DECODINGS}")
-
-
-@pytest.fixture(scope="module")
-def second(first: Finished, warm: Path) -> Finished:
-    return finished(first.folder.with_name("second"), warm, "--set", f"evaluation.decoding={DECODINGS}")
-
-
-def test_the_screen_shows_stages_and_scores_and_nothing_else(first: Finished) -> None:
-    unexpected = [line for line in first.screen if not any(re.fullmatch(pattern, line) for pattern in SCREEN)]
-    assert unexpected == []
-    assert first.screen[-1] == f"run folder: {first.folder}"
+def test_the_screen_shows_stages_and_scores_and_nothing_else(first: Run) -> None:
+    lines = first.screen.splitlines()
+    assert [line for line in lines if not any(re.fullmatch(pattern, line) for pattern in SCREEN)] == []
+    assert lines[-1] == f"run folder: {first.folder}"
     for stage, steps in {"teacher": 6, "sft": 6, "projectors": 5, "distill": 20}.items():
-        assert any(line.startswith(f"{stage} ") and f"{steps}/{steps}" in line for line in first.screen)
+        assert any(line.startswith(f"{stage} ") and f"{steps}/{steps}" in line for line in lines)
     starts = ("train", "held out", "seen", "cross-", "entropy", "teacher", "Rouge-L", "copy", "greedy", "sampled")
     starts += ("token", "accuracy", "±")
     for line in filter(str.strip, first.output.splitlines()):
         assert line.strip().startswith((*starts, *MODELS)), line
 
 
-def test_the_folder_holds_what_the_readme_says(first: Finished) -> None:
+def test_the_folder_holds_what_the_readme_says(first: Run) -> None:
     names = {path.name for path in first.folder.iterdir()}
     stages = {f"metrics-{stage}.jsonl" for stage in ("teacher", "sft", "projectors")}
     files = {"recipe.json", "environment.json", "metrics.jsonl", "scores.json"}
@@ -126,15 +88,13 @@ def test_the_folder_holds_what_the_readme_says(first: Finished) -> None:
     assert any((first.folder / "checkpoints" / "step-20").iterdir())
 
 
-def test_the_recipe_is_kept_as_it_was_resolved(first: Finished, capsys: pytest.CaptureFixture[str]) -> None:
-    from kdzoo.cli import main
-
-    assert main(["show", str(TINY), "--set", f"evaluation.decoding={DECODINGS}"]) == 0
-    assert first.read("recipe.json") == json.loads(capsys.readouterr().out)
+def test_the_recipe_is_kept_as_it_was_resolved(first: Run) -> None:
+    shown = kdzoo("show", str(TINY), "--set", f"evaluation.decoding={DECODINGS}")
+    assert first.read("recipe.json") == json.loads(shown.output)
     assert first.read("recipe.json")["evaluation"]["decoding"]["sampled"]["seeds"] == [10, 20]
 
 
-def test_the_environment_says_what_the_numbers_may_depend_on(first: Finished) -> None:
+def test_the_environment_says_what_the_numbers_may_depend_on(first: Run) -> None:
     found = first.read("environment.json")
     keys = ("started", "command", "python", "platform", "packages", "plugins", "git", "device", "ranks")
     assert set(keys) <= found.keys()
@@ -144,8 +104,8 @@ def test_the_environment_says_what_the_numbers_may_depend_on(first: Finished) ->
     assert {"data.train", "data.held_out", "evaluation.sets.seen"} <= found["data"].keys()
 
 
-def test_every_step_is_logged_with_every_term(first: Finished) -> None:
-    steps = first.lines("metrics.jsonl")
+def test_every_step_is_logged_with_every_term(first: Run) -> None:
+    steps = first.lines()
     assert [step["step"] for step in steps] == list(range(1, 21))
     wanted = {"loss", "gradient_norm", "lr", "rows", "rows_per_second", "memory_gb"}
     wanted |= {"sft/cross_entropy", "dskd/t2s_ce", "dskd/t2s_kd", "dskd/s2t_kd"}
@@ -157,14 +117,14 @@ def test_every_step_is_logged_with_every_term(first: Finished) -> None:
         assert [step["step"] for step in first.lines(f"metrics-{stage}.jsonl")] == list(range(1, count + 1))
 
 
-def test_the_loss_is_the_weighted_sum_of_its_terms(first: Finished) -> None:
+def test_the_loss_is_the_weighted_sum_of_its_terms(first: Run) -> None:
     terms = ("sft/cross_entropy", "dskd/t2s_ce", "dskd/t2s_kd", "dskd/s2t_kd")
-    for step in first.lines("metrics.jsonl"):
+    for step in first.lines():
         total = sum(step[term] for term in (*terms, "residual/right_rows", "residual/wrong_rows"))
         assert step["loss"] == pytest.approx(0.5 * total, rel=1e-5)
 
 
-def test_every_model_has_scores_and_its_answers(first: Finished) -> None:
+def test_every_model_has_scores_and_its_answers(first: Run) -> None:
     scores = first.read("scores.json")
     assert list(scores) == ["train", "held out", "seen"]
     assert list(scores["train"]) == ["teacher"]
@@ -189,12 +149,12 @@ def test_every_model_has_scores_and_its_answers(first: Finished) -> None:
     assert len(list((first.folder / "predictions").iterdir())) == 1 + 2 * len(MODELS)
 
 
-def test_training_lowers_the_cross_entropy_on_rows_that_nobody_trained_on(first: Finished) -> None:
+def test_training_lowers_the_cross_entropy_on_rows_that_nobody_trained_on(first: Run) -> None:
     seen = first.read("scores.json")["seen"]
     assert seen["student"]["cross_entropy"] < seen["untrained student"]["cross_entropy"] - 0.1
 
 
-def test_the_student_is_a_folder_that_transformers_loads(first: Finished) -> None:
+def test_the_student_is_a_folder_that_transformers_loads(first: Run) -> None:
     folder = first.folder / "student"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -205,7 +165,7 @@ def test_the_student_is_a_folder_that_transformers_loads(first: Finished) -> Non
     assert text.strip() == answer["prediction"]
 
 
-def test_the_model_card_names_methods_papers_and_scores(first: Finished) -> None:
+def test_the_model_card_names_methods_papers_and_scores(first: Run) -> None:
     card = (first.folder / "student" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
     for text in ("# tiny", "`dskd`", "EMNLP 2024", "`residual`", "ICLR 2026", "mixtral with random weights"):
@@ -214,19 +174,18 @@ def test_the_model_card_names_methods_papers_and_scores(first: Finished) -> None
     assert f"{value:.3f}" in card
 
 
-def test_a_second_run_finds_in_the_cache_what_does_not_depend_on_it(first: Finished, second: Finished) -> None:
-    screen = "\n".join(second.screen)
+def test_a_second_run_finds_in_the_cache_what_does_not_depend_on_it(first: Run, second: Run) -> None:
     for stage in ("teacher", "sft"):
-        assert f"{stage}: trained before, found in the cache" in screen
-    assert screen.count("(cached)") == 2  # the projectors' report, on training and on held-out rows
-    evaluated = [line for line in second.screen if line.startswith("evaluate ")]
+        assert f"{stage}: trained before, found in the cache" in second.screen
+    assert second.screen.count("(cached)") == 2  # the projectors' report, on training and on held-out rows
+    evaluated = [line for line in second.screen.splitlines() if line.startswith("evaluate ")]
     assert evaluated and all(line.startswith("evaluate student  ") for line in evaluated)
     assert not list(second.folder.glob("metrics-*.jsonl"))
 
 
-def test_a_second_run_gives_the_same_numbers(first: Finished, second: Finished) -> None:
+def test_a_second_run_gives_the_same_numbers(first: Run, second: Run) -> None:
     measured = {"rows_per_second", "memory_gb"}
-    for ours, theirs in zip(first.lines("metrics.jsonl"), second.lines("metrics.jsonl"), strict=True):
+    for ours, theirs in zip(first.lines(), second.lines(), strict=True):
         assert {k: v for k, v in ours.items() if k not in measured} == {
             k: v for k, v in theirs.items() if k not in measured
         }
@@ -235,35 +194,18 @@ def test_a_second_run_gives_the_same_numbers(first: Finished, second: Finished) 
         assert path.read_text() == (second.folder / "predictions" / path.name).read_text()
 
 
-def test_loose_plugins_train_and_hear_of_every_step(first: Finished, warm: Path, tmp_path: Path) -> None:
+def test_loose_plugins_train_and_hear_of_every_step(warm_cache: Path, tmp_path: Path) -> None:
     (tmp_path / "sharpened.py").write_text(PLUGIN)
     (tmp_path / "listener.py").write_text(LISTENER)
     recipe = tmp_path / "loose.json"
     patch = {"extends": str(TINY), "plugins": ["listener.py"], "losses": {"dskd": None, "residual": None}}
     recipe.write_text(json.dumps(patch | {"evaluation": {"sets": None}}))
     flags = ("--plugin", str(tmp_path / "sharpened.py"), "--set", "losses.sharp.use=sharpened")
-    done = finished(tmp_path / "run", warm, *flags, "--set", "stages.distill.steps=4", recipe=recipe)
-    steps = done.lines("metrics.jsonl")
+    done = run(tmp_path / "run", *flags, "--set", "stages.distill.steps=4", recipe=recipe)
+    steps = done.lines()
     for step in steps:
         assert step["loss"] == pytest.approx(0.5 * step["sft/cross_entropy"] + step["sharp/entropy"], rel=1e-5)
     assert steps[-1]["sharp/entropy"] < steps[0]["sharp/entropy"]
     heard = [line.split() for line in (done.folder / "heard.txt").read_text().splitlines()]
     assert [int(step) for step, _ in heard][-4:] == [1, 2, 3, 4]
     assert [float(loss) for _, loss in heard][-4:] == [step["loss"] for step in steps]
-
-
-def test_ranks_that_a_launcher_started_are_joined(first: Finished, warm: Path, tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "kdzoo", "run", str(TINY), "--out", str(tmp_path / "run"), "--set", "evaluation.sets=null"]
-    done = subprocess.run(
-        [*launcher, *command],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"KDZOO_CACHE": str(warm), "OMP_NUM_THREADS": "1"},
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.count("run folder:") == 1
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["ranks"] == 2
-    for ours, theirs in zip(metrics(first.folder), metrics(tmp_path / "run"), strict=True):
-        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)

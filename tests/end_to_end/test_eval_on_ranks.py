@@ -1,16 +1,14 @@
-"""`kdzoo eval` on real ranks: the same answers whatever the batch and the number of ranks; families without anatomy."""
+"""`kdzoo eval` on real ranks: the same answers whatever the batch and the number of ranks; unknown families."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from running import Done, kdzoo
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdzoo.data.tokenizer import load_tokenizer
@@ -28,40 +26,44 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def evaluated(model: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "kdzoo", "eval", str(model), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-
-
 SHORT = ("--on", "seen,phrasing", "--limit", "7", "--max-prompt-length", "40", "--max-new-tokens", "12")
 
 
+def evaluated(model: Path, *options: str) -> Done:
+    return kdzoo("eval", str(model), *options)
+
+
 def answers(model: Path, out: Path, *options: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """Every file of predictions, and what was printed."""
+    """Every file of predictions, and the scores."""
     done = evaluated(model, *SHORT, "--json", "--out", str(out), *options)
-    assert done.returncode == 0, done.stderr
-    return {file.name: file.read_text() for file in (out / "predictions").iterdir()}, json.loads(done.stdout)
+    assert done.code == 0, done.screen
+    predictions = {file.name: file.read_text() for file in (out / "predictions").iterdir()}
+    return predictions, json.loads((out / "scores.json").read_text())
+
+
+def test_what_is_printed_is_what_is_kept(model: Path, tmp_path: Path) -> None:
+    done = evaluated(model, *SHORT, "--json", "--out", str(tmp_path), "--ranks", "1", "--decoding", "sampling")
+    printed = json.loads(done.output)
+    assert printed["evaluation"]["decoding"]["sampling"]["seeds"] == [10, 20, 30, 40, 50]
+    assert json.loads((tmp_path / "scores.json").read_text()) == printed["scores"]
 
 
 def test_answers_do_not_depend_on_the_batch_or_the_number_of_ranks(model: Path, tmp_path: Path) -> None:
     """Seven rows: on two ranks one has fewer, and the last batch is not full."""
-    first, printed = answers(model, tmp_path / "a", "--ranks", "1", "--batch", "1")
+    first, scores = answers(model, tmp_path / "a", "--ranks", "1", "--batch", "1")
     assert len(first) == 4  # two sets, greedy and sampling
     assert sorted(text.count("\n") for text in first.values()) == [7, 7, 35, 35]
     for name, options in (("b", ("--ranks", "1", "--batch", "32")), ("c", ("--ranks", "2", "--batch", "3"))):
         found, again = answers(model, tmp_path / name, *options)
         assert found == first
-        for set_name, models in printed["scores"].items():
-            for model_name, scores in models.items():
-                other = again["scores"][set_name][model_name]
-                assert other["rouge_l"] == scores["rouge_l"]
-                assert other["cross_entropy"] == pytest.approx(scores["cross_entropy"], rel=1e-5)
-    assert printed["evaluation"]["decoding"]["sampling"]["seeds"] == [10, 20, 30, 40, 50]
-    assert json.loads((tmp_path / "a" / "scores.json").read_text()) == printed["scores"]
+        for set_name, models in scores.items():
+            for model_name, expected in models.items():
+                other = again[set_name][model_name]
+                assert other["rouge_l"] == expected["rouge_l"]
+                assert other["cross_entropy"] == pytest.approx(expected["cross_entropy"], rel=1e-5)
 
 
-def test_a_family_without_an_anatomy_is_scored_by_its_answers(tmp_path: Path) -> None:
+def test_a_family_no_adapter_knows_is_scored_by_its_answers(tmp_path: Path) -> None:
     tokenizer = load_tokenizer("lab:bytes")
     config = AutoConfig.for_model(
         "gpt_neox",
@@ -76,13 +78,21 @@ def test_a_family_without_an_anatomy_is_scored_by_its_answers(tmp_path: Path) ->
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     done = evaluated(tmp_path, *SHORT, "--decoding", "greedy")
-    assert done.returncode == 0, done.stderr
-    assert "no anatomy knows the family 'gpt_neox': cross-entropy is not read" in done.stderr
-    assert "greedy" in done.stdout and "cross-entropy" not in done.stdout
+    assert done.code == 0, done.screen
+    assert "no model adapter knows the family 'gpt_neox': cross-entropy is not read" in done.screen
+    assert "greedy" in done.output and "cross-entropy" not in done.output
 
 
+@pytest.mark.sweep
 def test_a_fault_of_any_rank_is_one_line(model: Path) -> None:
     done = evaluated(model, "--on", "seen", "--max-new-tokens", "400", "--ranks", "2")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: evaluation.max_new_tokens: 400 tokens after a prompt of 256 do not fit")
-    assert "Traceback" not in done.stderr
+    assert done.code == 2
+    assert done.screen.startswith("error: evaluation.max_new_tokens: 400 tokens after a prompt of 256 do not fit")
+    assert "Traceback" not in done.screen
+
+
+def test_a_fault_is_one_line(model: Path) -> None:
+    done = evaluated(model, "--on", "seen", "--max-new-tokens", "400", "--ranks", "1")
+    assert done.code == 2
+    (line,) = done.screen.splitlines()
+    assert line.startswith("error: evaluation.max_new_tokens: 400 tokens after a prompt of 256 do not fit")
