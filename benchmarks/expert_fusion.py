@@ -2,9 +2,9 @@
 
     python benchmarks/expert_fusion.py [--response 0.45] [--repeats 9]
 
-First counted, at Mixtral 8x7B's shape: multiply-adds of all experts of one block on the response rows, over those of a
-forward pass with the head on the same rows. Then measured, on a small Mixtral of the same proportions, width 256: the
-pass with `expert_attention` over the pass without, on the CPU and in float32. The two take turns, and what counts is
+First counted, at Mixtral 8x7B's shape: multiply-adds of all experts of one block on the response tokens, over those of
+a forward pass with the head on the same tokens. Then measured, on a small Mixtral of the same proportions, width 256:
+the pass with `expert_attention` over the pass without, on the CPU, in float32. The two take turns, and what counts is
 the time of the processor, not of the clock: other jobs disturb it less. Only ratios within one run mean anything.
 """
 
@@ -18,13 +18,13 @@ import click
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kdzoo.step.batch import Side
+from kdzoo.api.batch import Side
 from kdzoo.step.capture import capture
-from kdzoo_anatomies import Mixtral
 from kdzoo_fusions import ExpertAttention
+from kdzoo_model_adapters import Mixtral
 
 ALLOWED = 0.12
-"""The cost may be this many times the share of response rows."""
+"""The cost may be this many times the share of response tokens."""
 
 
 @dataclass(frozen=True)
@@ -85,24 +85,22 @@ def batch(shape: Shape, sequences: int, positions: int, response: float) -> Side
     """Random tokens; the last positions of each sequence but one are scored."""
     ids = torch.randint(shape.vocabulary, (sequences, positions))
     scored = round(response * positions)
-    rows = (
-        torch.arange(sequences)[:, None] * positions + torch.arange(positions - 1 - scored, positions - 1)
-    ).flatten()
+    at = (torch.arange(sequences)[:, None] * positions + torch.arange(positions - 1 - scored, positions - 1)).flatten()
     flat = ids.flatten()
-    return Side(ids, torch.ones_like(ids), rows, flat[rows + 1], flat[rows], rows // positions, rows * 0 - 1)
+    return Side(ids, torch.ones_like(ids), at, flat[at + 1], flat[at], at // positions, at * 0 - 1)
 
 
 @torch.no_grad()
 def measure(shape: Shape, side: Side, repeats: int) -> tuple[float, float, float]:
-    """Median processor seconds of a pass with the head on the rows, of one with fused experts too, and of their
+    """Median processor seconds of a pass with the head on the tokens, of one with fused experts too, and of their
     difference."""
-    teacher, anatomy = model(shape, side.input_ids.shape[1]), Mixtral()
+    teacher, model_adapter = model(shape, side.input_ids.shape[1]), Mixtral()
     fusions = {"experts": ExpertAttention(ExpertAttention.Params())}
-    head = anatomy.head(teacher).weight
+    head = model_adapter.head(teacher).weight
 
     def seconds(*sites: str) -> float:
         start = time.process_time()
-        found = capture(teacher, anatomy, side, sites, fusions)
+        found = capture(teacher, model_adapter, side, sites, fusions)
         found["hidden.last"] @ head.T
         return time.process_time() - start
 
@@ -121,7 +119,7 @@ def main(response: float, positions: int, sequences: int, repeats: int) -> None:
     """Print the counted ratio at Mixtral 8x7B's shape, and the counted and the measured one of a small Mixtral."""
     print(f"{response:.0%} of {positions} positions are scored: {ALLOWED * response:.4f} is allowed")
     counted = MIXTRAL_8X7B.fused(response) / MIXTRAL_8X7B.teacher(positions, response)
-    print(f"counted, Mixtral 8x7B    {counted:.4f} of the forward pass, {counted / response:.4f} x the share of rows")
+    print(f"counted, Mixtral 8x7B    {counted:.4f} of the forward pass, {counted / response:.4f} x the share of tokens")
     counted = SMALL.fused(response) / SMALL.teacher(positions, response)
     print(f"counted, width {SMALL.width:<4}      {counted:.4f} of the forward pass, {counted / response:.4f} x")
     plain, fused, more = measure(SMALL, batch(SMALL, sequences, positions, response), repeats)

@@ -1,8 +1,8 @@
-"""What the vocabulary pass costs over the bare matrix products, and that its memory does not grow with the rows.
+"""What the vocabulary pass costs over the bare matrix products, and that its memory does not grow with the tokens.
 
-    python benchmarks/vocabulary_pass.py [--vocabulary 50257] [--rows 460] [--repeats 5]
+    python benchmarks/vocabulary_pass.py [--vocabulary 50257] [--tokens 460] [--repeats 5]
 
-Each measurement runs in a process of its own, so that peaks do not mix. The bare products are the four per row that
+Each measurement runs in a process of its own, so that peaks do not mix. The bare products are the four per token that
 nobody can avoid with `cross_entropy` + `forward_kl`: student logits, teacher logits, gradient of the student's states,
 gradient of its head. Only ratios within one run mean anything.
 """
@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from torch.multiprocessing import get_context
 
-from kdzoo.plugin.contracts import ModelFacts, Models
-from kdzoo.step.batch import Batch, Side
+from kdzoo import Batch, Head, ModelInfo, ModelPair, Side
+from kdzoo.step.chunks import CHUNK_BYTES, chunk_tokens
 from kdzoo.step.distiller import Distiller
-from kdzoo.step.head import Head
+from kdzoo.step.inputs import PassInputs
+from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report
-from kdzoo.step.vocabulary import CHUNK_BYTES, Call, Slot, VocabularyPass
 from kdzoo_cross_entropy import CrossEntropy
 from kdzoo_divergences import ForwardKL
 
@@ -32,19 +32,19 @@ STUDENT, TEACHER = 768, 1600
 """GPT-2 small and XL."""
 
 
-def inputs(rows: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, nn.Parameter, nn.Parameter, torch.Tensor]:
+def inputs(tokens: int, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor, nn.Parameter, nn.Parameter, torch.Tensor]:
     torch.manual_seed(0)
     return (
-        torch.randn(rows, STUDENT),
-        torch.randn(rows, TEACHER),
+        torch.randn(tokens, STUDENT),
+        torch.randn(tokens, TEACHER),
         nn.Parameter(torch.randn(vocabulary, STUDENT).mul_(0.02)),
         nn.Parameter(torch.randn(vocabulary, TEACHER).mul_(0.02), requires_grad=False),
-        torch.randint(vocabulary, (rows,)),
+        torch.randint(vocabulary, (tokens,)),
     )
 
 
-def bare_products(rows: int, vocabulary: int, chunk: int) -> Callable[[], None]:
-    student, teacher, student_head, teacher_head, _ = inputs(rows, vocabulary)
+def bare_products(tokens: int, vocabulary: int, chunk: int) -> Callable[[], None]:
+    student, teacher, student_head, teacher_head, _ = inputs(tokens, vocabulary)
 
     @torch.no_grad()
     def run() -> None:
@@ -58,38 +58,32 @@ def bare_products(rows: int, vocabulary: int, chunk: int) -> Callable[[], None]:
     return run
 
 
-def vocabulary_pass(rows: int, vocabulary: int, chunk: int) -> Callable[[], None]:
-    student, teacher, student_head, teacher_head, labels = inputs(rows, vocabulary)
-    facts = Models(ModelFacts(TEACHER, vocabulary, 1, "gpt2"), ModelFacts(STUDENT, vocabulary, 1, "gpt2"), True)
-    slots = [
-        Slot(name, loss(params, facts, {}), loss.needs(params, True))
-        for name, loss, params in (
-            ("cross_entropy", CrossEntropy, CrossEntropy.Params()),
-            ("forward_kl", ForwardKL, ForwardKL.Params()),
-        )
-    ]
-    distiller = Distiller(None, None, slots, chunk_bytes=CHUNK_BYTES)
-    every = torch.arange(rows)
+def vocabulary_pass(tokens: int, vocabulary: int, chunk: int) -> Callable[[], None]:
+    student, teacher, student_head, teacher_head, labels = inputs(tokens, vocabulary)
+    pair = ModelPair(ModelInfo(STUDENT, vocabulary, 1, "gpt2"), ModelInfo(TEACHER, vocabulary, 1, "gpt2"), True)
+    terms = [LossTerm.of(loss.name, loss(loss.Params(), pair, {})) for loss in (CrossEntropy, ForwardKL)]
+    distiller = Distiller(None, None, None, terms)
+    every = torch.arange(tokens)
     none = torch.full_like(every, -1)
     side = Side(labels[None], torch.ones_like(labels[None]), every, labels, labels, torch.zeros_like(every), none)
     pairs = torch.stack([every, every], 1)
     batch = Batch(side, side, pairs, True, {})
     batch = Batch(side, side, pairs, True, batch.local_counts())
     heads = {"student": Head(student_head), "teacher": Head(teacher_head)}
-    weights = {slot.name: 1.0 for slot in slots}
+    weights = {term.name: 1.0 for term in terms}
     student.requires_grad_()
 
     def run() -> None:
         student.grad = student_head.grad = None
-        call = Call(batch, {"hidden.last": student}, {"hidden.last": teacher}, heads, weights, Report())
-        distiller.score(call).backward()
+        inputs = PassInputs(batch, {"hidden.last": student}, {"hidden.last": teacher}, heads, weights, Report())
+        distiller.score(inputs).backward()
 
     return run
 
 
 def measure(
     make: Callable[[int, int, int], Callable[[], None]],
-    rows: int,
+    tokens: int,
     vocabulary: int,
     chunk: int,
     repeats: int,
@@ -97,7 +91,7 @@ def measure(
 ) -> None:
     """Median seconds of `repeats` runs and the peak memory in MiB over that before the first."""
     torch.set_flush_denormal(True)  # as a run does on a CPU
-    run = make(rows, vocabulary, chunk)
+    run = make(tokens, vocabulary, chunk)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run()  # the first one makes threads and maps memory
     seconds = []
@@ -121,22 +115,22 @@ def apart(make: Callable[[int, int, int], Callable[[], None]], *sizes: int) -> t
 
 @click.command()
 @click.option("--vocabulary", default=50_257, show_default=True)
-@click.option("--rows", default=460, show_default=True)
+@click.option("--tokens", default=460, show_default=True)
 @click.option("--repeats", default=5, show_default=True)
-def main(vocabulary: int, rows: int, repeats: int) -> None:
-    """Print the pass's ratio to the bare products, and its peak memory against the number of rows."""
-    chunk = VocabularyPass([]).chunk_rows(2 * vocabulary)
+def main(vocabulary: int, tokens: int, repeats: int) -> None:
+    """Print the pass's ratio to the bare products, and its peak memory against the number of tokens."""
+    chunk = chunk_tokens(CHUNK_BYTES, 2 * vocabulary)
     print(
-        f"V = {vocabulary:,}, widths {STUDENT} and {TEACHER}, {rows} rows in chunks of {chunk}, "
+        f"V = {vocabulary:,}, widths {STUDENT} and {TEACHER}, {tokens} tokens in chunks of {chunk}, "
         f"{torch.get_num_threads()} threads, float32"
     )
-    bare, bare_peak = apart(bare_products, rows, vocabulary, chunk, repeats)
-    ours, peak = apart(vocabulary_pass, rows, vocabulary, chunk, repeats)
+    bare, bare_peak = apart(bare_products, tokens, vocabulary, chunk, repeats)
+    ours, peak = apart(vocabulary_pass, tokens, vocabulary, chunk, repeats)
     print(f"bare products        {bare:7.3f} s   {bare_peak:7.0f} MiB over start")
     print(f"the pass             {ours:7.3f} s   {peak:7.0f} MiB over start")
     print(f"ratio                {ours / bare:7.3f}")
-    _, more = apart(vocabulary_pass, 4 * rows, vocabulary, chunk, 1)
-    print(f"4 x the rows                     {more:7.0f} MiB over start, {more / peak:.3f} times the peak")
+    _, more = apart(vocabulary_pass, 4 * tokens, vocabulary, chunk, 1)
+    print(f"4 x the tokens                   {more:7.0f} MiB over start, {more / peak:.3f} times the peak")
 
 
 if __name__ == "__main__":
