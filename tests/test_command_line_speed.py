@@ -11,6 +11,8 @@ import pytest
 
 from kdzoo.plugin.declarations import declarations
 
+pytestmark = pytest.mark.slow
+
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "peft", "scipy", "statsmodels", "matplotlib")
 
 RUN = f"""

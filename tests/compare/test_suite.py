@@ -112,6 +112,7 @@ def test_two_names_for_one_run_are_refused(suite, write):
         load_suite(change(suite, recipes=["../kl.json", "../again.json"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 def test_the_committed_suites_are_valid(path):
     assert load_suite(path).cells

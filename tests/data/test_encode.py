@@ -25,6 +25,7 @@ def real(shared: Path, name: str) -> PreTrainedTokenizerFast:
     return load_tokenizer(shared / "tokenizers" / name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
 @pytest.mark.parametrize("answer", ANSWERS)
 def test_the_ids_are_the_text_as_the_tokenizer_reads_it_and_its_end(name: str, answer: str, shared: Path) -> None:

@@ -102,6 +102,7 @@ class TestRows:
             lab_rows("trian")
 
 
+@pytest.mark.slow
 class TestTokenizers:
     def test_give_every_lab_text_back(self, tokenizer):
         for split in lab_splits():
@@ -163,6 +164,7 @@ def test_the_lab_is_imported_without_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 class TestRecipes:
     @pytest.mark.parametrize("name", LAB_RECIPES)
     def test_run_on_the_lab_with_the_student_alone_beside_them(self, name):

@@ -59,6 +59,7 @@ def test_one_tokenizer_is_its_own_partner_in_every_entry(bytes_tokenizer: PreTra
     assert student_ids(bytes_tokenizer, bytes_tokenizer, (6, 9)).tolist() == [0, 1, 2, 3, 4, 5, -1, -1, -1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("student", "teacher"), [("gpt2", "mistral-7b-v0.1"), ("tinyllama-1.1b", "qwen1.5-1.8b")])
 def test_real_vocabularies_share_much(student: str, teacher: str, shared: Path) -> None:
     mine, yours = (load_tokenizer(shared / "tokenizers" / name) for name in (student, teacher))

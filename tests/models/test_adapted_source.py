@@ -16,6 +16,8 @@ from kdzoo.models.source import LocalModel, resolve_model
 from kdzoo.recipe.model import Adapter, Lora, ModelSource
 from kdzoo_model_adapters import GPT2
 
+pytestmark = pytest.mark.slow
+
 CONFIG = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
 LORA = Lora(rank=2, alpha=3)
 IDS = torch.arange(16).reshape(2, 8)

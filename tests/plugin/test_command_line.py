@@ -226,6 +226,7 @@ def warm(tmp_path_factory):
     return environment, ["--plugin", loose]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "imported"),
     [

@@ -23,6 +23,8 @@ from kdzoo.data.tokenizer import load_tokenizer
 from kdzoo.recipe.model import Data, Source
 from kdzoo_aligners import ByBytes
 
+pytestmark = pytest.mark.slow
+
 REAL = ("gpt2", "mistral-7b-v0.1", "qwen1.5-1.8b", "tinyllama-1.1b")
 SOME = {"dolly/train.jsonl": 60, "vicuna/test.jsonl": 10, "sni/test.jsonl": 40, "unni_short/test.jsonl": 40}
 THOUSANDS = {

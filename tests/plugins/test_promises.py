@@ -254,6 +254,7 @@ def alone(name: str, same_tokens: bool, slot: str) -> Outcome:
     return world.run([world.term(name=slot)], world.batch())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "second", "same_tokens"), KIND_PAIRS, ids=describe)
 def test_losses_of_any_two_kinds_compose(first, second, same_tokens):
     assert_composes(first, second, same_tokens)

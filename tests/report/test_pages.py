@@ -18,6 +18,8 @@ from kdzoo.report.statistics import Difference, Interval
 from kdzoo.report.wording import number, p_value, sentence, signed
 from kdzoo.report.write import Places, document_of, spoken, write_report
 
+pytestmark = pytest.mark.slow
+
 BETTER = Contrast(
     "dskd", "sft", Difference(1.2, 3, Interval(0.9, 1.5), Interval(0.4, 2.0), p=0.002, detectable=1.1), p_holm=0.004
 )

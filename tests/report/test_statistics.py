@@ -27,6 +27,8 @@ from kdzoo.report.statistics import (
     within,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class World:

@@ -110,6 +110,7 @@ def faults(loss) -> dict[str, str]:
     return {check: result.reason for check, result in results(loss).items() if result.status == "failed"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [loss for loss in FOUND if FOUND[loss] != {"ranks"}], ids=lambda loss: loss.name)
 def test_each_broken_loss_is_caught_by_its_check_and_by_no_other(loss):
     assert faults(loss).keys() == FOUND[loss]
