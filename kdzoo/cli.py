@@ -545,7 +545,7 @@ def _kinds(declared: Declarations) -> Iterator[tuple[str, dict[str, Declared]]]:
     """Those of which there are any, in the plural."""
     for kind, plugins in declared.by_kind.items():
         words = kind.replace("_", " ")
-        yield words + ("es" if words.endswith("s") else "s"), plugins
+        yield words + ("es" if words.endswith("ss") else "" if words.endswith("s") else "s"), plugins
 
 
 def _parameters(schema: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,22 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from kdzoo import Logits, Loss, ModelInfo, Needs, Params, Register, Role, Step, Stream, Terms, hookimpl, ops, visit
+from kdzoo import (
+    Logits,
+    Loss,
+    ModelInfo,
+    Needs,
+    Params,
+    Reduction,
+    Register,
+    Role,
+    Step,
+    Stream,
+    Terms,
+    hookimpl,
+    ops,
+    visit,
+)
 
 LOWEST = -1e6
 """Log-probability of a chunk that one of the models excludes: a finite number, so that others still learn."""
@@ -154,10 +169,11 @@ class Alm(Loss):
         a, b = log["teacher"].detach() / tau - p.epsilon, log["student"] / tau - p.epsilon
         tokens, count = chunks.sum("teacher", torch.ones_like(values["outcome.teacher.label"])), chunks.held.sum()
         weight = {"chunk_count": 1, "token_count": tokens, "log1p_token_count": tokens.log1p()}[p.numerator]
-        total = torch.where(chunks.held, weight * ops.LIKELIHOOD_DIFFERENCES[p.difference](a, b, p.order), 0).sum()
+        value = torch.where(chunks.held, weight * ops.LIKELIHOOD_DIFFERENCES[p.difference](a, b, p.order), 0)
         if p.denominator == "merged_chunk_count":
-            total = total * aligned.held.sum() / count.clamp_min(1)
-        terms = Terms().add("likelihood", total, per="teacher_tokens" if p.denominator == "token_count" else "spans")
+            value = value * (aligned.held.sum() / count.clamp_min(1))
+        per: Reduction = "teacher_tokens" if p.denominator == "token_count" else "spans"
+        terms = Terms().add("likelihood", value, per, of=chunks.of["student"])
         terms.watch("teacher_tokens_per_chunk", tokens, count)
         for model, value in log.items():
             terms.watch(f"{model}_log_likelihood", torch.where(chunks.held, value, 0), count)

@@ -174,10 +174,10 @@ class DSKDv2(Loss):
         for name in ("t2s_ce", "t2s_kd", "s2t_kd"):
             if name in values:
                 counts = self.learns(heard, values["agrees"]) if name == "t2s_kd" else heard
-                total = torch.where(counts, values[name], 0).sum()
+                value = torch.where(counts, values[name], 0)
                 if self.params.mean == "batch":
-                    total = total * len(heard) / counts.sum().clamp_min(1)
-                terms.add(name, total, per="tokens" if self.pair.same_tokens else "pairs")
+                    value = value * (len(heard) / counts.sum().clamp_min(1))
+                terms.add(name, value, per="tokens" if self.pair.same_tokens else "pairs")
         return terms.watch("t2s_agreement", values["agrees"], heard.sum()) if "agrees" in values else terms
 
     def learns(self, heard: Tensor, agrees: Tensor) -> Tensor:

@@ -183,12 +183,14 @@ class MultiLevelOT(Loss):
         sides = (in_teacher, in_student) if params.reduction == "tokens" else (torch.ones_like(paired),) * 2
         sd = ops.sinkhorn(sd_p, sd_q, *sides, params.regularisation, params.iterations)  # [B]
         if params.reduction == "tokens":
-            terms = Terms().add("had", had).add("sl", params.beta * (sl * paired).sum())
-            return terms.add("sd", params.gamma * sd.sum())
-        sd = sd[-1 if params.reduction == "padded_last" else 0 :]
+            places = step.student.sample * n + ops.places_within(step.student.side)  # in the grid [B, n]
+            terms = Terms().add("had", had, of=places).add("sl", params.beta * (sl * paired), of=places)
+            return terms.add("sd", params.gamma * sd, of="sequences")
+        if params.reduction == "padded_last":
+            sd = torch.where(torch.arange(len(sd), device=sd.device) == len(sd) - 1, sd, 0)
         terms = Terms().add("had", had.sum(1) / paired.sum(1).clamp_min(1), per="sequences")
-        terms.add("sl", params.beta * sl.sum() / max(n, 1), per="sequences")
-        return terms.add("sd", params.gamma * sd.sum() * len(paired), per="sequences")
+        terms.add("sl", params.beta * sl.sum(1) / max(n, 1), per="sequences")
+        return terms.add("sd", params.gamma * sd * len(paired), per="sequences")
 
     def answers(self, model: str, side: Side, values: Mapping[str, Tensor]) -> tuple[ByTemperature, Tensor]:
         """The log-probabilities, and where a token is [B, n]."""

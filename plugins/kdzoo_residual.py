@@ -129,7 +129,7 @@ class Residual(Loss):
         "and has no part in beta.",
     )
 
-    class Params(Params):
+    class Params(ops.VerdictParams):
         width: int | None = Field(None, ge=1)
         """A, the low width, for which the projectors are then trained. Default: that of the `projectors` stage."""
         beta: Literal["sequence", "row", "batch", "none"] | float = "sequence"
@@ -144,10 +144,6 @@ class Residual(Loss):
         """How much of the residual a token gets. "hard": all of it where the teacher is wrong. "soft": one minus the
         teacher's probability of the gold token. "all": every token all of it (no mask). "random": as many as "hard"
         in every sequence, but others, drawn once and for all from what the sequence says (a control)."""
-        temperature: float = Field(1.0, gt=0)
-        """Divides the teacher's logits for the probability of the soft indicator."""
-        top_k: int = Field(1, ge=1)
-        """The teacher is right where the gold token is among its k likeliest."""
         pretrained: bool = True
         """Whether P_TA starts as stage 1 left it, or as a linear layer of the same width."""
         projector: Literal["frozen", "trained"] = "frozen"
@@ -165,16 +161,6 @@ class Residual(Loss):
         "projected": the student's head does not put the gold token first, given u. "entropy": the attended entropy of
         the teacher's predictions is over half of log W. The soft indicator is then the span's, the attended one, or the
         attended entropy over log W; "projected" has no soft form and stays hard."""
-
-        @property
-        def verdict(self) -> str:
-            """The fact that says where the teacher is right."""
-            return "teacher.correct" if self.top_k == 1 else f"teacher.correct@{self.top_k}"
-
-        @property
-        def gold_logprob(self) -> str:
-            """The fact that a soft indicator is made from."""
-            return "teacher.label_logprob" if self.temperature == 1 else f"teacher.label_logprob@{self.temperature}"
 
         @property
         def on_wrong_rows_alone(self) -> bool:
@@ -264,8 +250,8 @@ class Residual(Loss):
         if self.params.wrong == "entropy":
             hard = soft = facts["teacher.entropy"] / self.most_doubt
         else:
-            hard = (~facts[self.params.verdict]).float()
-            soft = -facts[self.params.gold_logprob].expm1() if self.params.indicator == "soft" else hard
+            hard = self.params.doubt(facts, soft=False)
+            soft = self.params.doubt(facts, soft=True) if self.params.indicator == "soft" else hard
         doubt, graded = self.attended(step, torch.stack([hard, soft], -1))[0].unbind(-1)
         return doubt, graded
 
@@ -273,10 +259,9 @@ class Residual(Loss):
 
     def indicator(self, step: Step) -> Tensor:
         """How much of the residual each token gets [N]."""
-        wrong = (~step.facts[self.params.verdict]).to(step.student["hidden.last"].dtype)
+        wrong = self.params.doubt(step.facts, soft=self.params.indicator == "soft")
+        wrong = wrong.to(step.student["hidden.last"].dtype)
         match self.params.indicator:
-            case "soft":
-                return -step.facts[self.params.gold_logprob].expm1().to(wrong.dtype)
             case "all":
                 return torch.ones_like(wrong)
             case "random":
@@ -316,7 +301,13 @@ class Residual(Loss):
         self.watch(step, h.detach(), u.detach(), beta, share, usable, entropy)
         kept = {"wrong": ~right} if self.params.on_wrong_rows_alone else {"wrong": ~right, "right": right}
         return {
-            name: Stream(r[which], "student", labels=student.labels[which], learns_head=self.params.head_gradient)
+            name: Stream(
+                r[which],
+                "student",
+                labels=student.labels[which],
+                learns_head=self.params.head_gradient,
+                tokens=which.nonzero().squeeze(-1),
+            )
             for name, which in kept.items()
         }
 
@@ -335,7 +326,7 @@ class Residual(Loss):
     @visit
     def own(self, student: Logits) -> Terms:
         nll, right = ops.cross_entropy(student.logprobs(), student.labels), student.fact(self.params.verdict)
-        on_right, on_wrong = torch.where(right, nll, 0).sum(), torch.where(right, 0, nll).sum()
+        on_right, on_wrong = torch.where(right, nll, 0), torch.where(right, 0, nll)
         terms = Terms().watch("student_cross_entropy_right", on_right, right)
         terms.watch("student_cross_entropy_wrong", on_wrong, ~right)
         # Tokens that the teacher gets right have no residual: their state, and so their loss, is the student's own.
@@ -343,7 +334,7 @@ class Residual(Loss):
 
     @visit(each=("wrong", "right"))
     def residual(self, seen: Logits) -> Terms:
-        nll = ops.cross_entropy(seen.logprobs(), seen.labels).sum()
+        nll = ops.cross_entropy(seen.logprobs(), seen.labels)
         return Terms().add(f"{seen.stream}_rows", nll).watch(f"residual_cross_entropy_{seen.stream}", nll, len(seen))
 
 

@@ -134,7 +134,8 @@ class ULD(Loss):
             begins = torch.ones_like(weight)
             begins[1:] = (mine[1:] != mine[:-1]).to(weight.dtype)
             weight = 1 / weight.new_zeros(student.side.sequences).index_add(0, sample, begins)[sample]
-        ours = Stream(h, "student", None, student.labels[in_mine], True, mine, {"weight": weight})
+        tokens = in_mine.nonzero().squeeze(-1)
+        ours = Stream(h, "student", None, student.labels[in_mine], True, mine, {"weight": weight}, tokens)
         of_teacher = Stream(self.states(teacher)[in_theirs], "teacher", None, teacher.labels[in_theirs], group=theirs)
         return {"student_answer": ours, "teacher_answer": of_teacher}
 
@@ -173,8 +174,8 @@ class ULD(Loss):
         unmatched = by_rank(log_p[:, self.teacher_rest].exp(), log_q[:, self.student_rest].exp())
         if not (len(self.teacher_rest) and len(self.student_rest)):
             unmatched = torch.zeros_like(unmatched)  # nothing that it could be moved to, and TRL counts none
-        terms = Terms().add("matched", self.weights[0] * (weight * matched).sum(), per)
-        return terms.add("unmatched", self.weights[1] * (weight * unmatched).sum(), per)
+        terms = Terms().add("matched", self.weights[0] * (weight * matched), per)
+        return terms.add("unmatched", self.weights[1] * (weight * unmatched), per)
 
 
 REDUCTIONS: dict[str, Reduction] = {"sequences": "sequences", "rows": "tokens"}

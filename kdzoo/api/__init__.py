@@ -16,6 +16,7 @@ from kdzoo.api.models import ModelInfo, ModelPair, Role, Vocabulary
 from kdzoo.api.plugin import NoParams, Params, Register
 from kdzoo.api.step import Step
 from kdzoo.api.terms import Terms
+from kdzoo.api.token_weights import TokenNeeds, TokenWeights, TokenWeightsParams, WeighedTokens, Weights
 from kdzoo.api.tracker import Tracker
 from kdzoo.api.view import View
 from kdzoo.errors import DataError, KdzooError, ModelError, PluginError, RecipeError
@@ -49,10 +50,15 @@ __all__ = [
     "Step",
     "Stream",
     "Terms",
+    "TokenNeeds",
+    "TokenWeights",
+    "TokenWeightsParams",
     "Tokens",
     "Tracker",
     "View",
     "Vocabulary",
+    "WeighedTokens",
+    "Weights",
     "hookimpl",
     "ops",
     "visit",

@@ -11,7 +11,7 @@ and padding have none.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 import torch
@@ -65,6 +65,8 @@ class Batch:
     pairs: Tensor  # [P, 2] long, (student token, teacher token), each at most once on either side
     same_tokens: bool  # both sides hold the same tokens: N == M and token i is token i
     counts: Mapping[Reduction, float]
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    """[N] columns of the rows that token weights read, on the student's tokens."""
 
     @property
     def scored(self) -> Side:
@@ -79,6 +81,7 @@ class Batch:
             student=None if self.student is None else self.student.to(device),
             teacher=None if self.teacher is None else self.teacher.to(device),
             pairs=self.pairs.to(device),
+            columns={name: column.to(device) for name, column in self.columns.items()},
         )
 
     def local_counts(self) -> dict[Reduction, float]:

@@ -12,6 +12,14 @@ from kdzoo.api.batch import Side
 FACTS = ("teacher.top1", "teacher.correct", "teacher.label_logprob", "teacher.entropy")
 """`teacher.correct@k`: the gold token is among the first k. `teacher.label_logprob@t`: at temperature t."""
 
+TOKEN_FACTS = tuple(
+    f"{model}.{fact}" for model in ("student", "teacher") for fact in ("correct", "label_logprob", "entropy")
+)
+"""Of each model's prediction of a token: what token weights may read."""
+
+PAIR_FACTS = tuple(f"pair.{name}" for name in ("forward_kl", "reverse_kl", "js", "hellinger", "total_variation"))
+"""Between the two models' predictions of a token, where they share a tokenizer."""
+
 
 def carry_by_spans(facts: Mapping[str, Tensor], student: Side, teacher: Side) -> dict[str, Tensor]:
     """Facts of teacher tokens [M] on student tokens [N], through spans that cover the same text.

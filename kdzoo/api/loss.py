@@ -67,6 +67,9 @@ class Stream:
     tokens of the same ones."""
     values: Mapping[str, Tensor] = field(default_factory=dict)
     """[n, ...] what else a visit is to see of each token, without gradient: a weight, say."""
+    tokens: Tensor | None = None
+    """[n] long, which of the student's tokens each stands for; only of an own packing, so that token weights reach it.
+    Where packings are seen side by side, one of them says it."""
 
 
 VisitKind = Literal["sum", "tokens", "scan"]

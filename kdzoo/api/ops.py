@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kdzoo.api.batch import Side
 from kdzoo.api.plugin import Params
+from kdzoo.api.selection import VerdictParams, among_largest, ranks_within
 from kdzoo.api.spans import (
     Spans,
     entries_by_student,
@@ -198,6 +199,11 @@ def _total_variation(log_p: Tensor, log_q: Tensor) -> Closed:
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
     """1/2 sum_v |p - q|."""
     return closed_form(_total_variation, log_p, log_q)
+
+
+def hellinger(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """sqrt(1/2 sum_v (sqrt p - sqrt q)^2), between 0 and 1; a distance, whose gradient is infinite at p = q."""
+    return ((log_p / 2).exp() - (log_q / 2).exp()).square().sum(-1).mul(0.5).sqrt()
 
 
 def top_k_and_rest(
@@ -427,7 +433,9 @@ __all__ = [
     "DivergenceParams",
     "LikelihoodDifference",
     "Spans",
+    "VerdictParams",
     "adaptive_kl",
+    "among_largest",
     "at_least_float32",
     "attend",
     "closed_form",
@@ -438,6 +446,7 @@ __all__ = [
     "greedy_match",
     "groups_by_position",
     "groups_by_text",
+    "hellinger",
     "is_followed",
     "is_top",
     "js",
@@ -445,6 +454,7 @@ __all__ = [
     "places_within",
     "product_of_heads",
     "projector_between_heads",
+    "ranks_within",
     "reverse_kl",
     "sequence_mean",
     "sequence_std",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Literal
 
@@ -29,6 +29,8 @@ class Example:
     student: Encoded | None
     teacher: Encoded | None
     alignment: Alignment | None
+    columns: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """What token weights read, for each of the student's tokens of the response."""
 
 
 def build_examples(
@@ -43,8 +45,26 @@ def build_examples(
 
     `same`: both models have one tokenizer; one encoding serves both sides and the alignment is the identity.
     Otherwise `align` is needed where both encoders are there. Rows without a response token are a
-    `DataError` at `address`, with their number and the first one's id.
+    `DataError` at `address`, with their number and the first one's id; so is a column with a number for each token,
+    where these are not the student's tokens.
     """
+    examples = _tokenised(rows, student_encoder, teacher_encoder, align, same, address)
+    if not rows or not rows[0].columns:
+        return examples
+    return [
+        example if example.student is None else replace(example, columns=_columns(row, example.student, address))
+        for row, example in zip(rows, examples, strict=True)
+    ]
+
+
+def _tokenised(
+    rows: Sequence[Row],
+    student_encoder: Encoder | None,
+    teacher_encoder: Encoder | None,
+    align: Align | None,
+    same: bool,
+    address: str,
+) -> list[Example]:
     if student_encoder is None or teacher_encoder is None:
         nobody = [None] * len(rows)
         students = nobody if student_encoder is None else _encode(rows, student_encoder, address)
@@ -72,6 +92,7 @@ def collate(
     rows: Literal["response", "sequence"],
     pad_id_student: int | None,
     pad_id_teacher: int | None,
+    columns: Sequence[str] = (),
 ) -> Batch:
     """A micro-batch on the CPU, with its own counts (the caller sums them over the step).
 
@@ -100,6 +121,7 @@ def collate(
         pairs=_pairs(examples, student, teacher),
         same_tokens=same_tokens,
         counts={},
+        columns={name: _column(name, examples, student) for name in columns},
     )
     return replace(batch, counts=batch.local_counts())
 
@@ -148,6 +170,35 @@ class _Scored:
             sample=packed // width,
             span=torch.tensor(span, dtype=torch.long),
         )
+
+
+def _column(name: str, examples: Sequence[Example], student: _Scored | None) -> Tensor:
+    """[N] of the student's tokens; a text's first token is scored nowhere, and left out."""
+    assert student is not None, "columns are of the student's tokens"
+    values: list[float] = []
+    for b, example in enumerate(examples):
+        own = example.columns[name]
+        values.extend(own if student.row(b, 0) is not None else own[1:])
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def _columns(row: Row, encoded: Encoded, address: str) -> dict[str, Sequence[float]]:
+    """What the row's columns say of each token of the response."""
+    count, cut = len(encoded.ends), encoded.ends[-1] != encoded.starts[-1]
+    found: dict[str, Sequence[float]] = {}
+    for name, value in row.columns.items():
+        if isinstance(value, float):
+            found[name] = [value] * count
+        elif len(value) == count or (cut and len(value) > count):
+            found[name] = value[:count]
+        elif len(value) == count - 1 and not cut:
+            found[name] = [*value, value[-1] if value else 1.0]
+        else:
+            raise DataError(
+                f"{address}: field '{name}' of row '{row.id}' has {len(value)} numbers, and the student's response has "
+                f"{count - (not cut)} tokens and an end; give one number for each, or one for the row"
+            )
+    return found
 
 
 def _pairs(examples: Sequence[Example], student: _Scored | None, teacher: _Scored | None) -> Tensor:

@@ -36,6 +36,8 @@ class MicroBatches(Dataset[Batch]):
     pad_id_student: int | None
     """None: without the student's side."""
     pad_id_teacher: int | None
+    columns: tuple[str, ...] = ()
+    """Those of the rows that token weights read."""
 
     def __len__(self) -> int:
         """How many rows there are."""
@@ -48,6 +50,7 @@ class MicroBatches(Dataset[Batch]):
             rows=self.rows,
             pad_id_student=self.pad_id_student,
             pad_id_teacher=self.pad_id_teacher,
+            columns=self.columns,
         )
 
 

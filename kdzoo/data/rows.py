@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from kdzoo.errors import DataError, did_you_mean
 from kdzoo.quiet import quiet_datasets
 from kdzoo.recipe.model import ROW_SOURCES, Fields, Source
 
+Numbers = float | tuple[float, ...]
+
 
 @dataclass(frozen=True)
 class Row:
@@ -24,10 +27,12 @@ class Row:
     instruction: str
     input: str
     references: tuple[str, ...]
+    columns: Mapping[str, Numbers] = field(default_factory=dict)
+    """What else was asked for: a number of the row, or one for each of its response's tokens."""
 
 
-def load_rows(source: Source, address: str) -> list[Row]:
-    """The rows of a source, the first `source.limit` of them where it is set.
+def load_rows(source: Source, address: str, columns: Sequence[str] = ()) -> list[Row]:
+    """The rows of a source with these columns of numbers, the first `source.limit` of them where it is set.
 
     `address` is the source's place in the recipe (`data.train`); every `DataError` begins with it.
     """
@@ -48,7 +53,7 @@ def load_rows(source: Source, address: str) -> list[Row]:
     else:
         origin, found = f"'{source.dataset}'", _dataset(source, address)
     rows = [
-        _row(content, number, source.fields, origin, address)
+        _row(content, number, source.fields, origin, address, columns)
         for number, content in enumerate(islice(found, source.limit), start=1)
     ]
     if not rows:
@@ -94,15 +99,28 @@ def _dataset(source: Source, address: str) -> Iterable[Mapping[str, Any]]:
         ) from error
 
 
-def _row(content: Mapping[str, Any], number: int, fields: Fields, origin: str, address: str) -> Row:
-    def read(field: str, key: str) -> Any:
+def _row(
+    content: Mapping[str, Any], number: int, fields: Fields, origin: str, address: str, columns: Sequence[str]
+) -> Row:
+    def read(field: str, advice: str) -> Any:
         if field not in content:
             has = ", ".join(f"'{name}'" for name in content) or "nothing"
             raise DataError(
                 f"{address}: field '{field}' is not in {origin}{did_you_mean(field, content)}; "
-                f"row {number} has {has}; name the column in 'fields.{key}'"
+                f"row {number} has {has}; {advice}"
             )
         return content[field]
+
+    def numbers(column: str) -> Numbers:
+        value = read(column, "name the column in the parameters of the token weights that read it")
+        many = isinstance(value, list)
+        for one in value if many else [value]:
+            if not isinstance(one, int | float) or not math.isfinite(one) or one < 0:
+                raise DataError(
+                    f"{address}: field '{column}' of row {number} in {origin} is {json.dumps(one)}; a weight is a "
+                    "number of at least 0, or a list with one for each token of the response"
+                )
+        return tuple(map(float, value)) if many else float(value)
 
     def text(value: Any, field: str) -> str:
         if not isinstance(value, str):
@@ -117,19 +135,20 @@ def _row(content: Mapping[str, Any], number: int, fields: Fields, origin: str, a
             )
         return value
 
-    response = read(fields.response, "response")
+    response = read(fields.response, "name the column in 'fields.response'")
     references = response if isinstance(response, list) else [response]
     if not references:
         raise DataError(
             f"{address}: field '{fields.response}' of row {number} in {origin} is an empty list; "
             "give at least one response"
         )
-    given_input = read(fields.input, "input") if fields.input else None
+    given_input = read(fields.input, "name the column in 'fields.input'") if fields.input else None
     return Row(
         id=str(content.get("id", number)),
-        instruction=text(read(fields.instruction, "instruction"), fields.instruction),
+        instruction=text(read(fields.instruction, "name the column in 'fields.instruction'"), fields.instruction),
         input="" if given_input is None else text(given_input, fields.input),
         references=tuple(text(reference, fields.response) for reference in references),
+        columns={column: numbers(column) for column in columns},
     )
 
 

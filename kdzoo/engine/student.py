@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,16 @@ from kdzoo.api.model_adapter import ModelAdapter
 from kdzoo.engine.close import close_engine
 from kdzoo.engine.config import zero_stage
 from kdzoo.engine.deepspeed_private import gathered_state, whole_shape
-from kdzoo.engine.distributed import summed, world
+from kdzoo.engine.distributed import gathered, summed, world
 from kdzoo.engine.frozen import FrozenModel, gather
 from kdzoo.recipe.model import LossSlot, Stage
-from kdzoo.step.distiller import Distiller, teacher_sites
+from kdzoo.step.distiller import Aim, Distiller, teacher_sites
 from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report
+from kdzoo.step.weighing import Facts, Weighed, weigh_step
+
+TeacherSites = Mapping[str, Tensor]
+"""Site -> what the teacher shows there."""
 
 
 class StudentEngine:
@@ -48,8 +53,8 @@ class StudentEngine:
         self.device = device
         self.accumulation = int(config["gradient_accumulation_steps"])
         self._losses = losses
-        self._steps = steps
         self._apart_every = stage.gradients_every
+        self._steps = steps
         self._stage_3 = zero_stage(config) == 3
         # Without sharding and in float32 DeepSpeed keeps no gradient norm.
         self._plain = zero_stage(config) == 0 and not config.get("bf16", {}).get("enabled", False)
@@ -63,20 +68,23 @@ class StudentEngine:
         if self._stage_3 and distiller.head is not None:
             for parameter in distiller.head.parameters:
                 deepspeed.zero.register_external_parameter(distiller.vocabulary, parameter)
+                deepspeed.zero.register_external_parameter(distiller.token_facts, parameter)
 
     def step(self, batches: Sequence[Batch], number: int) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches; the metrics of all ranks together.
 
         `batches` already hold the global counts. `number` counts the stage's optimizer steps from 0, for what moves.
         """
+        batches = [batch.to(self.device) for batch in batches]
+        sites, weighed = self._weigh(batches)
         self.engine.train()
         weights = {name: weight_at(slot.weight, number) for name, slot in self._losses.items()}
         report = Report()
         apart = self._apart_every is not None and number % self._apart_every == 0 and self.distiller.student is not None
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         norm: float | None = None
-        for batch in batches:
-            loss = self._loss(batch.to(self.device), weights, report, apart)
+        for batch, seen, mine in zip(batches, sites, weighed, strict=True):
+            loss = self._loss(batch, seen, Aim(weights, report, mine, apart))
             total += loss.detach()
             # DeepSpeed divides by accumulation and averages over ranks; our losses are shares of a global mean.
             self.engine.backward(loss * (self.accumulation * world()))
@@ -88,12 +96,15 @@ class StudentEngine:
         if not self._plain:
             norm = self.engine.get_global_grad_norm()
         lr = self.engine.get_lr()[0]
-        found = merged(report, self.device)
+        found, progress = merged(report, self.device), (number + 1) / self._steps
         for term in self.distiller.terms:
             own = f"{term.name}/"
             names = [name for name in (*report.terms, *report.watched) if name.startswith(own) and name in found]
             own_terms = {name.removeprefix(own): found[name] for name in names}
-            term.loss.after_step(own_terms, (number + 1) / self._steps)
+            term.loss.after_step(own_terms, progress)
+            if term.weights is not None:
+                losses = {name: value for name, value in own_terms.items() if f"{own}{name}" in report.terms}
+                term.weights.after_step(losses, progress)
         return {"loss": summed({"loss": total}, self.device)["loss"], **found} | {
             "gradient_norm": float(norm) if norm is not None else float("nan"),
             "lr": float(lr),
@@ -106,17 +117,37 @@ class StudentEngine:
         weights = {name: weight_at(slot.weight, 0) for name, slot in self._losses.items()}
         report = Report()
         for batch in batches:
-            self._loss(batch.to(self.device), weights, report)
+            self._loss(batch.to(self.device), None, Aim(weights, report))
         return merged(report, self.device)
 
-    def _loss(self, batch: Batch, weights: Mapping[str, float], report: Report, apart: bool = False) -> Tensor:
-        sites: dict[str, Tensor] = {}
-        if self.teacher is not None:
-            assert batch.teacher is not None
-            sites = self.teacher.sites(batch.teacher, self._sites)
-        return self.engine(
-            batch=batch, teacher=sites, teacher_head=self.teacher_head, weights=weights, report=report, apart=apart
-        )
+    def _weigh(self, batches: Sequence[Batch]) -> tuple[list[TeacherSites | None], list[dict[str, Weighed]]]:
+        """What tokens weigh in this step, by micro-batch; and the teacher's sites, where they were needed for it."""
+        sites: list[TeacherSites | None] = [None] * len(batches)
+        weighed = [term for term in self.distiller.terms if term.weights is not None]
+        facts: list[Facts] = [{} for _ in batches]
+        if any(term.weight_needs.facts for term in weighed):
+            self.engine.eval()
+            if any(term.weight_needs.reads_teacher for term in weighed):
+                sites = [self._teacher_sites(batch) for batch in batches]  # once: the step reads them again
+            with torch.no_grad():
+                facts = [
+                    self.engine(batch=batch, teacher=seen or {}, teacher_head=self.teacher_head, aim=None)
+                    for batch, seen in zip(batches, sites, strict=True)
+                ]
+        return sites, weigh_step(weighed, batches, facts, self._of_all_ranks, partial(summed, device=self.device))
+
+    def _of_all_ranks(self, values: Tensor) -> Tensor:
+        return torch.cat([part.to(self.device) for part in gathered(values.cpu())])
+
+    def _teacher_sites(self, batch: Batch) -> TeacherSites:
+        if self.teacher is None:
+            return {}
+        assert batch.teacher is not None
+        return self.teacher.sites(batch.teacher, self._sites)
+
+    def _loss(self, batch: Batch, sites: TeacherSites | None, aim: Aim) -> Tensor:
+        seen = self._teacher_sites(batch) if sites is None else sites
+        return self.engine(batch=batch, teacher=seen, teacher_head=self.teacher_head, aim=aim)
 
     def state(self, prefix: str, trained_only: bool = False) -> dict[str, Tensor]:
         """The weights under `prefix` (`student.`, `losses.<term>.`), whole, on rank 0's CPU.

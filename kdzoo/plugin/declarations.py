@@ -87,12 +87,15 @@ def _declare(kind: str, name: str, thing: type[Plugin], plugin: PluginSource) ->
     from inspect import cleandoc
 
     from kdzoo.api.loss import Loss
+    from kdzoo.api.token_weights import TokenWeights
     from kdzoo.plugin.json_schema import json_schema
     from kdzoo.plugin.registry import cause
 
     declared = Declared(
         kind, name, plugin.name, cleandoc(thing.__doc__ or ""), "", "", json_schema(thing.Params, f"{kind}.{name}.")
     )
+    if issubclass(thing, TokenWeights):
+        return replace(declared, paper=thing.paper, formula=thing.formula, deviations=[*thing.deviations])
     if not issubclass(thing, Loss):
         return declared
     try:

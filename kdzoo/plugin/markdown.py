@@ -14,6 +14,12 @@ from kdzoo.plugin.json_schema import in_words
 MODELS = ("student", "teacher")
 
 OTHERS = {
+    "token_weights": (
+        "Token weights",
+        "How much each token of a response counts in a loss: `token_weights` in a recipe, which a loss names in "
+        "`weights`. A weighted sum is divided by the sum of all weights of the optimizer step, so that tokens of "
+        "weight 0 are as if they were not there.",
+    ),
     "aligner": ("Aligners", "Which tokens of two tokenizers belong together: `align` in a recipe."),
     "fusion": ("Fusions", "What a block of experts of the teacher is read as: `fuse` in a recipe."),
     "tracker": ("Trackers", "Where the steps of a run are sent: `trackers` in a recipe."),
@@ -60,9 +66,13 @@ def _loss(loss: Declared, before: Sequence[Declared]) -> Iterator[str]:
     yield _with_links(_prose(loss.paper))
     yield "\n".join(f"- {name}: {what}" for name, what in _facts(loss))
     yield from _parameters(loss, before)
-    if loss.deviations:
+    yield from _deviations(loss)
+
+
+def _deviations(plugin: Declared) -> Iterator[str]:
+    if plugin.deviations:
         yield "**Where it differs from its authors' code**"
-        yield _list(map(_prose, loss.deviations))
+        yield _list(map(_prose, plugin.deviations))
 
 
 def _facts(loss: Declared) -> Iterator[tuple[str, str]]:
@@ -158,7 +168,11 @@ def _others(title: str, what: str, plugins: Mapping[str, Declared]) -> Iterator[
     for position, plugin in enumerate(declared):
         yield f"### `{plugin.name}`"
         yield _paragraphs(plugin.doc)
+        if plugin.formula:
+            yield _code(plugin.formula)
+            yield _with_links(_prose(plugin.paper))
         yield from _parameters(plugin, [other for other in declared[:position] if other.plugin == plugin.plugin])
+        yield from _deviations(plugin)
 
 
 def _families(families: Sequence[str]) -> Iterator[str]:

@@ -162,6 +162,9 @@ class LossSlot(Plugged):
     """The weight of this loss in the sum of all losses: a number, or a ramp."""
     lr: float | None = Field(default=None, gt=0)
     """The peak learning rate of the modules that the loss trains. Default: the stage's."""
+    weights: str | None = None
+    """The entry of the recipe's `token_weights` that says how much each token counts in this loss. Default: each as
+    much."""
     fuse: str | None = None
     """The entry of the recipe's `fuse` whose fused state this loss, and the artifacts that it needs, read as the
     teacher's last state. For a teacher without experts, they read its own state."""
@@ -263,6 +266,8 @@ class Recipe(Section):
     """The aligner for models with two tokenizers. Models with one tokenizer need none."""
     fuse: dict[str, Plugged] = Field(default_factory=dict)
     """Fusions of the experts of a mixture-of-experts teacher, by name. A loss names the one that it reads."""
+    token_weights: dict[str, Plugged] = Field(default_factory=dict)
+    """How much each token of a response counts, by names of your choice. A loss names the one that it is weighed by."""
     losses: dict[str, LossSlot]
     """The losses of the stage `distill`, by names of your choice."""
     stages: dict[str, Stage]

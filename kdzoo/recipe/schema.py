@@ -21,11 +21,14 @@ def recipe_schema(declared: Declarations, whole: bool = False) -> Schema:
     root = json_schema(Recipe)
     definitions: Schema = root.pop("$defs")
     definitions["AlignerSlot"] = definitions["Plugged"]
+    definitions["TokenWeightsSlot"] = definitions["Plugged"]
     definitions["FusionSlot"] = definitions.pop("Plugged")
     root["properties"]["align"]["$ref"] = "#/$defs/AlignerSlot"
     root["properties"]["fuse"]["additionalProperties"]["$ref"] = "#/$defs/FusionSlot"
+    root["properties"]["token_weights"]["additionalProperties"]["$ref"] = "#/$defs/TokenWeightsSlot"
     root["properties"]["trackers"]["items"] = {"enum": sorted(declared.of("tracker"))}
-    definitions |= _params(declared.of("loss")) | _params(declared.of("aligner")) | _params(declared.of("fusion"))
+    for kind in ("loss", "token_weights", "aligner", "fusion"):
+        definitions |= _params(declared.of(kind))
 
     definitions = {name: _as_patch(definition, whole) for name, definition in definitions.items()}
     for slot, plugins in {
@@ -33,6 +36,7 @@ def recipe_schema(declared: Declarations, whole: bool = False) -> Schema:
         "Stage": declared.of("loss"),
         "AlignerSlot": declared.of("aligner"),
         "FusionSlot": declared.of("fusion"),
+        "TokenWeightsSlot": declared.of("token_weights"),
     }.items():
         definitions[slot] = _choosing(definitions[slot], plugins, definitions)
     root = _as_patch(root, whole)

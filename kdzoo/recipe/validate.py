@@ -219,13 +219,13 @@ def _losses(merged: Merged) -> Iterator[str]:
     for at, slot in merged.objects("stages", "*", "losses", "*"):
         if slot.get("fuse") is not None:
             yield fault(merged, (*at, "fuse"), "this stage has no teacher whose state a loss could read; remove it")
-    fusions = [str(at[-1]) for at, _ in merged.objects("fuse", "*")]
-    for at, slot in merged.objects("losses", "*"):
-        name = slot.get("fuse")
-        if isinstance(name, str) and name not in fusions:
-            yield fault(
-                merged, (*at, "fuse"), f"the recipe's 'fuse' has no '{name}'{_hint(name, fusions, none='it is empty')}"
-            )
+    for key, section in (("fuse", "fuse"), ("weights", "token_weights")):
+        known = [str(at[-1]) for at, _ in merged.objects(section, "*")]
+        for at, slot in chain(merged.objects("losses", "*"), merged.objects("stages", "*", "losses", "*")):
+            name = slot.get(key)
+            if isinstance(name, str) and name not in known:
+                hint = _hint(name, known, none="it is empty")
+                yield fault(merged, (*at, key), f"the recipe's '{section}' has no '{name}'{hint}")
 
 
 def _deepspeed(merged: Merged) -> Iterator[str]:

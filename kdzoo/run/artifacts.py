@@ -19,7 +19,7 @@ from kdzoo.engine.frozen import FrozenModel
 from kdzoo.run import messages
 from kdzoo.run.context import ModelRole, RunContext
 from kdzoo.run.export import save_trained
-from kdzoo.run.inputs import Artifacts, SourceRows, StageInputs, deal, encoding_key, tokenise
+from kdzoo.run.inputs import Artifacts, SourceRows, StageInputs, columns_fingerprint, deal, encoding_key, tokenise
 from kdzoo.run.progress import print_message
 from kdzoo.run.resolved import ResolvedRecipe, ResolvedStage
 from kdzoo.run.trainer import StepLog, measure, train_stage
@@ -30,7 +30,7 @@ MEASURED = 256
 
 def single_model(context: RunContext, resolved: ResolvedStage, role: ModelRole, folder: Path, log: StepLog) -> Path:
     """One model trained on data alone (`teacher`, `sft`), from the weights in `folder`: its own folder in the cache."""
-    corpus = tokenise(context, resolved.source, student=role, teacher=None)
+    corpus = tokenise(context, resolved.source, student=role, teacher=None, columns=resolved.losses.columns)
     content = {
         "model": role.model.fingerprint,
         "rows": resolved.source.fingerprint,
@@ -125,16 +125,21 @@ def make_artifact(
 
 def common_key(context: RunContext, resolved: ResolvedStage, role: ModelRole) -> dict[str, Any]:
     """What a trained thing depends on apart from its model and rows. How the work was sharded is no part of it."""
-    return {
+    weights, columns = resolved.losses.weights, resolved.losses.columns
+    weighed: dict[str, Any] = {"token_weights": weights} if weights else {}
+    if columns:
+        weighed["columns"] = columns_fingerprint(resolved.source.rows, columns)
+    return weighed | {
         "kdzoo": kdzoo.__version__,
         "stage": resolved.stage.model_dump(
             mode="json",
             exclude={"deepspeed", "micro_batch", "gradients_every", "checkpoint_every"}
             | {"data", "losses", "use", "params", "seed"},
         ),
-        # The name of a fusion is no part of it.
+        # The names of a fusion and of token weights are no part of it.
         "losses": {
-            name: entry.model_dump(mode="json", exclude={"fuse"}) for name, entry in resolved.losses.entries.items()
+            name: entry.model_dump(mode="json", exclude={"fuse", "weights"})
+            for name, entry in resolved.losses.entries.items()
         },
         "seed": resolved.seed,
         "precision": context.recipe.precision,

@@ -68,9 +68,9 @@ class AlignedShares(NamedTuple):
     pairs: float
 
 
-def read_source(source: Source, address: str) -> SourceRows:
-    """Raises DataError, which begins with `address`."""
-    rows = load_rows(source, address)
+def read_source(source: Source, address: str, columns: Sequence[str] = ()) -> SourceRows:
+    """Rows with these columns of numbers. Raises DataError, which begins with `address`."""
+    rows = load_rows(source, address, columns)
     return SourceRows(address, source, rows, rows_fingerprint(rows))
 
 
@@ -81,8 +81,10 @@ def tokenise(
     student: ModelRole | None,
     teacher: ModelRole | None,
     rows: Literal["response", "sequence"] = "response",
+    columns: Sequence[str] = (),
 ) -> Corpus:
-    """`student` and `teacher` are the models whose tokens are wanted; the rows of both are aligned."""
+    """`student` and `teacher` are the models whose tokens are wanted; the rows of both are aligned. `columns` are those
+    that token weights read, on the student's tokens."""
     same = context.same_tokens and student is not None and teacher is not None
     examples = build_examples(
         source.rows,
@@ -98,6 +100,7 @@ def tokenise(
         rows=rows,
         pad_id_student=None if student is None else student.pad_id,
         pad_id_teacher=None if teacher is None else teacher.pad_id,
+        columns=tuple(columns),
     )
     return Corpus(source, batches)
 
@@ -130,6 +133,14 @@ def rows_fingerprint(rows: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps([row.instruction, row.input, row.references], ensure_ascii=False).encode())
+    return digest.hexdigest()[:20]
+
+
+def columns_fingerprint(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """A hash of what the rows say in these columns."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps([row.columns[name] for name in columns]).encode())
     return digest.hexdigest()[:20]
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from kdzoo.api.head import Head
 from kdzoo.api.loss import Loss, Needs
 from kdzoo.api.models import AbsentModel, ModelInfo, ModelPair, Role
+from kdzoo.api.token_weights import TokenNeeds, TokenWeights
 from kdzoo.data.tokenizer import student_ids, vocabulary
 from kdzoo.engine.distributed import added_up
 from kdzoo.engine.frozen import gather
 from kdzoo.engine.loading import DTYPES
-from kdzoo.errors import RecipeError
-from kdzoo.recipe.model import LossSlot
+from kdzoo.errors import PluginError, RecipeError
+from kdzoo.recipe.model import LossSlot, Plugged
 from kdzoo.run.context import ModelRole, RunContext, shared_entries, sizes
 from kdzoo.run.inputs import Artifacts, StageInputs, deal
 from kdzoo.step.distiller import start_from_heads, start_from_statistics, statistics, teacher_sites
@@ -31,6 +32,18 @@ STATISTICS_ROWS = 1024
 
 OWN_STATE = "hidden.last"
 """The site of the teacher's own last state, where no fusion takes its place."""
+
+
+@dataclass(frozen=True)
+class ResolvedWeights:
+    """What a term's tokens are weighed by."""
+
+    name: str
+    """In the recipe's `token_weights`."""
+    entry: Plugged
+    weights: type[TokenWeights]
+    params: Any
+    needs: TokenNeeds
 
 
 @dataclass(frozen=True)
@@ -51,11 +64,22 @@ class ResolvedLoss:
     """The site of the teacher that the loss reads as its last state."""
     prediction: str
     """The site of the teacher whose logits are the teacher's prediction."""
+    weights: ResolvedWeights | None = None
 
     @property
     def reads_teacher(self) -> bool:
         visits = self.loss.visits(self.params)
-        return bool(self.needs.teacher or self.needs.facts or any("teacher" in visit.streams for visit in visits))
+        seen = any("teacher" in visit.streams for visit in visits) or self.weight_needs.reads_teacher
+        return bool(self.needs.teacher or self.needs.facts or seen)
+
+    @property
+    def weight_needs(self) -> TokenNeeds:
+        return TokenNeeds() if self.weights is None else self.weights.needs
+
+    @property
+    def reads_alignment(self) -> bool:
+        """Whether pairs or spans of two tokenizers matter to it."""
+        return self.needs.aligned or self.weight_needs.reads_teacher
 
 
 @dataclass(frozen=True)
@@ -66,6 +90,18 @@ class ResolvedLosses:
 
     def __iter__(self) -> Iterator[ResolvedLoss]:
         return iter(self.terms)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of the rows that token weights read."""
+        return tuple(sorted({column for term in self.terms for column in term.weight_needs.columns}))
+
+    @property
+    def weights(self) -> dict[str, Any]:
+        """The recipe's own words on what weighs tokens, by the name of the term."""
+        return {
+            term.name: term.weights.entry.model_dump(mode="json") for term in self.terms if term.weights is not None
+        }
 
     @property
     def entries(self) -> dict[str, LossSlot]:
@@ -92,20 +128,38 @@ def _resolve(context: RunContext, name: str, entry: LossSlot) -> ResolvedLoss:
         fused=fusion is not None,
         state=state,
         prediction=state if fusion is not None and fusion.params.judge == "fused" else OWN_STATE,
+        weights=None if entry.weights is None else _resolve_weights(context, entry.weights),
     )
+
+
+def _resolve_weights(context: RunContext, name: str) -> ResolvedWeights:
+    entry = context.recipe.token_weights[name]
+    weights = context.registry.of(TokenWeights)[entry.use]
+    params = weights.Params.model_validate(entry.params)
+    needs = weights.needs(params)
+    if unknown := needs.unknown_fact():
+        raise PluginError(f"token_weights.{name}: {unknown}; correct 'needs' of '{entry.use}'")
+    return ResolvedWeights(name, entry, weights, params, needs)
 
 
 def check_tokenizers(context: RunContext, losses: ResolvedLosses) -> None:
     """Refuse a loss for one tokenizer where the pair has two."""
     for term in losses:
-        if term.needs.tokenizers == "same" and not context.same_tokens:
-            ours, theirs = (
-                source.tokenizer or source.name or "its own"
-                for source in (context.recipe.student, context.recipe.teacher)
-            )
+        if context.same_tokens:
+            continue
+        ours, theirs = (
+            source.tokenizer or source.name or "its own" for source in (context.recipe.student, context.recipe.teacher)
+        )
+        if term.needs.tokenizers == "same":
             raise RecipeError(
                 f"losses.{term.name}: '{term.entry.use}' compares two models token by token and needs one tokenizer, "
                 f"but the student has '{ours}' and the teacher '{theirs}'; take a pair with one, or another loss"
+            )
+        if term.weights is not None and term.weights.needs.compares_models:
+            raise RecipeError(
+                f"token_weights.{term.weights.name}: '{term.weights.entry.use}' compares both models' predictions of a "
+                f"token and needs one tokenizer, but the student has '{ours}' and the teacher '{theirs}'; take a pair "
+                "with one, or other weights"
             )
 
 
@@ -120,7 +174,8 @@ def build_losses(
     built = []
     for term in losses:
         made = term.loss(term.params, pair, artifacts.get(term.name, {})).to(DTYPES[context.recipe.precision])
-        built.append(LossTerm.of(term.name, made, term.state, term.prediction))
+        weights = None if term.weights is None else term.weights.weights(term.weights.params).to(context.device)
+        built.append(LossTerm.of(term.name, made, term.state, term.prediction, weights))
     return built
 
 

@@ -20,7 +20,7 @@ def _of_rows(context: RunContext, losses: ResolvedLosses, corpus: Corpus) -> Ite
     rows = len(corpus.examples)
     if not context.same_tokens:
         shares = aligned_shares(corpus.examples)
-        readers = [term.name for term in losses if term.needs.aligned]
+        readers = [term.name for term in losses if term.reads_alignment]
         yield messages.two_tokenizers(rows, shares.spans, shares.pairs, context.recipe.align.use, readers)
         return
     yield messages.one_tokenizer(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -76,14 +77,15 @@ class Run:
         for source in self.resolved.sets.values():
             for role in (self.context.student, self.context.teacher):
                 build_examples(source.rows, None, role.encoder, None, False, source.address)
-        self.corpus = self.for_both_models(self.resolved.distill.source)
+        self.corpus = self.for_both_models(self.resolved.distill.source, self.resolved.distill.losses.columns)
         held_out = self.resolved.held_out
         self.held_out = None if held_out is None else self.for_both_models(held_out)
         for text in overview(self.context, self.resolved.distill.losses, self.corpus):
             self.print(text)
 
-    def for_both_models(self, source: SourceRows) -> Corpus:
-        return tokenise(self.context, source, student=self.context.student, teacher=self.context.teacher)
+    def for_both_models(self, source: SourceRows, columns: Sequence[str] = ()) -> Corpus:
+        student, teacher = self.context.student, self.context.teacher
+        return tokenise(self.context, source, student=student, teacher=teacher, columns=columns)
 
     def data_fingerprints(self) -> dict[str, str]:
         """A hash of the rows of every source, by its place in the recipe."""

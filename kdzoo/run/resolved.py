@@ -60,7 +60,7 @@ def resolve_recipe(context: RunContext) -> ResolvedRecipe:
         if term.needs.artifacts
     }
     sets = {name: read_source(source, f"evaluation.sets.{name}") for name, source in recipe.evaluation.sets.items()}
-    sources = _sources(context)
+    sources = _sources(context, {"distill": distill, **alone})
     held_out = None if recipe.data.held_out is None else read_source(recipe.data.held_out, "data.held_out")
 
     def stage(name: str, losses: ResolvedLosses) -> ResolvedStage:
@@ -80,16 +80,21 @@ def resolve_recipe(context: RunContext) -> ResolvedRecipe:
     )
 
 
-def _sources(context: RunContext) -> dict[str, SourceRows]:
-    """The rows of every stage: its own, else those of `data.train`, which are read once."""
+def _sources(context: RunContext, losses: Mapping[str, ResolvedLosses]) -> dict[str, SourceRows]:
+    """The rows of every stage, with the columns that its losses read: its own, else those of `data.train`, which are
+    read once."""
     recipe = context.recipe
+    columns = {name: losses[name].columns if name in losses else () for name in recipe.stages}
     own = {
-        name: read_source(stage.data, f"stages.{name}.data")
+        name: read_source(stage.data, f"stages.{name}.data", columns[name])
         for name, stage in recipe.stages.items()
         if stage.data is not None
     }
     others = [name for name in recipe.stages if name not in own]
-    return own | (dict.fromkeys(others, read_source(recipe.data.train, "data.train")) if others else {})
+    if not others:
+        return own
+    wanted = tuple(sorted({column for name in others for column in columns[name]}))
+    return own | dict.fromkeys(others, read_source(recipe.data.train, "data.train", wanted))
 
 
 def _losses_alone(context: RunContext, name: str, stage: Stage) -> ResolvedLosses:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,23 @@ from kdzoo.step.capture import capture
 from kdzoo.step.chunks import CHUNK_BYTES
 from kdzoo.step.inputs import PassInputs
 from kdzoo.step.loss_term import LossTerm
-from kdzoo.step.report import Report, weighted_sum
+from kdzoo.step.report import Report, Sums, weighted_sum
 from kdzoo.step.vocabulary_pass import Gather, VocabularyPass, already_whole
+from kdzoo.step.weighing import Facts, TokenFacts, Weighed, weighed_sums
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What the loss of a micro-batch is made with."""
+
+    weights: Mapping[str, float]
+    """Loss term -> weight at this optimizer step."""
+    report: Report
+    """Filled with terms and watched values; with `apart`, and once the loss has gone backward, also with each term's
+    gradient at the student's last state."""
+    weighed: Mapping[str, Weighed] = field(default_factory=dict)
+    """Loss term -> what its tokens weigh, where they do not all count as much."""
+    apart: bool = False
 
 
 class Distiller(nn.Module):
@@ -39,41 +55,42 @@ class Distiller(nn.Module):
         super().__init__()
         self.student = student
         self.losses = _BySlot({term.name: term.loss for term in terms})
+        self.token_weights = _BySlot({term.name: term.weights for term in terms if term.weights is not None})
         self.vocabulary = VocabularyPass(terms, gather, chunk_bytes)
+        self.token_facts = TokenFacts(terms, gather, chunk_bytes)
         self.terms = tuple(terms)
         self.adapter = adapter
         self.head = head
 
     def forward(
-        self,
-        *,
-        batch: Batch,
-        teacher: Mapping[str, Tensor],
-        teacher_head: Head | None,
-        weights: Mapping[str, float],
-        report: Report,
-        apart: bool = False,
-    ) -> Tensor:
+        self, *, batch: Batch, teacher: Mapping[str, Tensor], teacher_head: Head | None, aim: Aim | None
+    ) -> Tensor | Facts:
         """The loss of one micro-batch, divided by the global counts, so that micro-batches and ranks add up.
 
-        `report` is filled with terms and watched values; with `apart`, and once the loss has gone backward, also with
-        each term's gradient at the student's last state.
+        Without an `aim`: what token weights read of both models, by term. (One module, one `forward`: an engine that
+        partitions parameters follows no other method.)
         """
         heads: dict[Role, Head] = {} if teacher_head is None else {"teacher": teacher_head}
-        sites: dict[str, Tensor] = {}
-        if self.student is not None:
-            assert batch.student is not None and self.adapter is not None and self.head is not None
-            wanted = {"hidden.last"}.union(*(term.needs.student for term in self.terms)) - {HEAD_WEIGHT}
-            sites = capture(self.student, self.adapter, batch.student, wanted)
+        if self.head is not None:
             heads["student"] = self.head
+        if aim is None:
+            student = self._sites(batch, {"hidden.last"})["hidden.last"] if self.token_facts.reads_student else None
+            return self.token_facts(batch=batch, student=student, teacher=teacher, heads=heads)
+        report = aim.report
+        wanted = {"hidden.last"}.union(*(term.needs.student for term in self.terms)) - {HEAD_WEIGHT}
+        sites = {} if self.student is None else self._sites(batch, wanted)
         for site, value in teacher.items():  # what fusions watch
             fused, _, name = site.removeprefix("fused.").partition("/")
             if name:
                 report.watch(f"fuse.{fused}/{name}", value)
-        loss = self.score(PassInputs(batch, sites, teacher, heads, weights, report, apart))
-        if apart:
+        loss = self.score(PassInputs(batch, sites, teacher, heads, aim.weights, report, aim.weighed, aim.apart))
+        if aim.apart:
             report.listen_to_scale(loss)
         return loss
+
+    def _sites(self, batch: Batch, wanted: Iterable[str]) -> dict[str, Tensor]:
+        assert self.student is not None and batch.student is not None and self.adapter is not None
+        return capture(self.student, self.adapter, batch.student, wanted)
 
     def score(self, inputs: PassInputs) -> Tensor:
         """From the sites of both models to the loss."""
@@ -82,12 +99,18 @@ class Distiller(nn.Module):
         of_tokens: dict[str, dict[str, Tensor]] = {term.name: {} for term in self.terms}
         for (name, value_name), value in zip(inputs.value_names, values, strict=True):
             of_tokens[name][value_name] = value
-        parts, counts = [loss], inputs.batch.counts
+        parts = [loss]
         for term in self.terms:
             step = inputs.with_views(term)
             step.values = of_tokens[term.name]
-            found = term.loss.finish(step)
-            sums = found.sums
+            found, counts = term.loss.finish(step), inputs.counts(term.name)
+            sums: Sums = found.sums
+            if term.name in inputs.weighed:
+                weighed = inputs.weighed[term.name]
+                sums = weighed_sums(term.name, found, weighed.of_term)
+                inputs.report.watch(f"{term.name}/token_weight", weighed.weights.values)
+                if weighed.weights.temperatures is not None:
+                    inputs.report.watch(f"{term.name}/token_temperature", weighed.weights.temperatures)
             inputs.report.take(term.name, sums, {**step.watched.watched, **found.watched}, counts)
             part = weighted_sum(sums, inputs.weights[term.name], counts)
             if part is not None:

@@ -34,19 +34,23 @@ def _entropy(logits: Tensor, labels: Tensor, logprobs: LogProbs, option: str) ->
     return -torch.linalg.vecdot(log_p.exp(), log_p.clamp_min(torch.finfo(log_p.dtype).min))
 
 
-_FORMULAS: Mapping[str, Callable[[Tensor, Tensor, LogProbs, str], Tensor]] = dict(
-    zip(FACTS, (_top1, _correct, _label_logprob, _entropy), strict=True)
-)
+_FORMULAS: Mapping[str, Callable[[Tensor, Tensor, LogProbs, str], Tensor]] = {
+    "top1": _top1,
+    "correct": _correct,
+    "label_logprob": _label_logprob,
+    "entropy": _entropy,
+}
 
 
 def facts_of(logits: Tensor, labels: Tensor, wanted: frozenset[str], logprobs: LogProbs) -> dict[str, Tensor]:
-    """The wanted facts of tokens with `logits` [n, W] and gold tokens `labels` [n]."""
+    """The wanted facts of one model's tokens with `logits` [n, W] and gold tokens `labels` [n]."""
     facts: dict[str, Tensor] = {}
     for fact in sorted(wanted):
         name, _, option = fact.partition("@")
-        if name not in _FORMULAS:
+        formula = _FORMULAS.get(name.partition(".")[2])
+        if formula is None:
             raise KdzooError(f"fact '{fact}': no such fact{did_you_mean(name, FACTS)}")
-        facts[fact] = _FORMULAS[name](logits, labels, logprobs, option)
+        facts[fact] = formula(logits, labels, logprobs, option)
     return facts
 
 
@@ -58,9 +62,10 @@ def predictions(hidden: Tensor, head: Head, labels: Tensor, chunk_bytes: int) ->
     parts = []
     for states, gold in zip(hidden.split(size), labels.split(size), strict=True):
         logits = head.finish(states @ head.rows.t(), head.biases)
-        parts.append(facts_of(logits, gold, wanted, partial(_logprobs, logits)))
+        parts.append(facts_of(logits, gold, wanted, partial(log_softmax_at, logits)))
     return {name: torch.cat([part[name] for part in parts]) for name in sorted(wanted)}
 
 
-def _logprobs(logits: Tensor, temperature: float) -> Tensor:
+def log_softmax_at(logits: Tensor, temperature: float) -> Tensor:
+    """The `LogProbs` of logits [n, W]."""
     return torch.log_softmax(logits / temperature, -1)

@@ -27,6 +27,7 @@ class HeadInput:
     learns_head: bool
     group: Tensor | None = None  # [n]
     values: Mapping[str, Tensor] = field(default_factory=dict)  # [n, ...]
+    tokens: Tensor | None = None  # [n]
 
     @property
     def trains(self) -> bool:

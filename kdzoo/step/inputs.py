@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from kdzoo.api.batch import Batch
+from kdzoo.api.batch import Batch, Reduction
 from kdzoo.api.head import HEAD_WEIGHT, Head
 from kdzoo.api.models import Role
 from kdzoo.api.step import Step
 from kdzoo.api.view import View
 from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report
+from kdzoo.step.weighing import Weighed
 
 
 @dataclass
@@ -30,6 +31,8 @@ class PassInputs:
     weights: Mapping[str, float]
     """Loss term -> weight at this optimizer step."""
     report: Report
+    weighed: Mapping[str, Weighed] = field(default_factory=dict)
+    """Loss term -> what its tokens weigh, where they do not all count as much."""
     apart: bool = False
     """Whether each term's gradient at the student's last state is kept apart, in the report."""
     steps: dict[str, Step] = field(default_factory=dict)
@@ -55,6 +58,10 @@ class PassInputs:
             View(scored if student is None else student, ours, term.name, term.needs.student),
             View(scored if teacher is None else teacher, theirs, term.name, term.needs.teacher),
         )
+
+    def counts(self, term: str) -> Mapping[Reduction, float]:
+        """What the term's sums are divided by."""
+        return self.weighed[term].counts if term in self.weighed else self.batch.counts
 
     def step(self, term: LossTerm) -> Step:
         """What the term sees before anything is known."""

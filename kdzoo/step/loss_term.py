@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kdzoo.api.head import HEAD_WEIGHT
 from kdzoo.api.loss import Loss, Needs, Visit
+from kdzoo.api.token_weights import TokenNeeds, TokenWeights
 
 LAST = "hidden.last"
 
@@ -22,11 +23,20 @@ class LossTerm:
     """The teacher's site that the loss reads as `hidden.last`: its own, or a fused one."""
     prediction: str = LAST
     """The teacher's site whose logits are the teacher's prediction."""
+    weights: TokenWeights | None = None
+    """What each token counts; None: as much as every other."""
 
     @classmethod
-    def of(cls, name: str, loss: Loss, state: str = LAST, prediction: str = LAST) -> LossTerm:
+    def of(
+        cls, name: str, loss: Loss, state: str = LAST, prediction: str = LAST, weights: TokenWeights | None = None
+    ) -> LossTerm:
         needs = loss.needs(loss.params, loss.pair.same_tokens)
-        return cls(name, loss, needs, loss.visits(loss.params), state, prediction)
+        return cls(name, loss, needs, loss.visits(loss.params), state, prediction, weights)
+
+    @property
+    def weight_needs(self) -> TokenNeeds:
+        """What its token weights read."""
+        return TokenNeeds() if self.weights is None else self.weights.needs(self.weights.params)
 
     @property
     def teacher_sites(self) -> frozenset[str]:

@@ -34,7 +34,7 @@ class Report:
     def take(self, slot: str, sums: Sums, watched: Mapping[str, tuple[Tensor, Tensor]], counts: Counts) -> None:
         for name, (value, per) in sums.items():
             key = f"{slot}/{name}"
-            share = value.detach() / max(counts[per], 1.0)
+            share = value.detach() / (counts[per] or 1.0)
             self.terms[key] = self.terms[key] + share if key in self.terms else share
         for name, (total, count) in watched.items():
             self._add_watched(f"{slot}/{name}", total, count)
@@ -93,5 +93,5 @@ class Report:
 
 def weighted_sum(sums: Sums, weight: float, counts: Counts) -> Tensor | None:
     """sum of weight * value / count over the terms of one loss; None where it has none."""
-    parts = [value * (weight / max(counts[per], 1.0)) for value, per in sums.values()]
+    parts = [value * (weight / (counts[per] or 1.0)) for value, per in sums.values()]
     return torch.stack(parts).sum() if parts else None

@@ -55,7 +55,8 @@ from kdzoo.step.plan import (
     walks_of_models,
     walks_of_packings,
 )
-from kdzoo.step.report import weighted_sum
+from kdzoo.step.report import Sums, weighted_sum
+from kdzoo.step.weighing import TOKENS_OF, mean_by, weighed_sums
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 """Makes parameters whole for the time of a `with` block, on every rank together."""
@@ -172,7 +173,9 @@ class _Run:
             assert stream.group is None or stream.beside is None, f"the stream '{name}' stands beside a model"
             values = {key: value.detach() for key, value in stream.values.items()}
             learns = stream.learns_head and self.head_learns
-            self.streams[name] = HeadInput(stream.hidden, labels, axis, stream.head, learns, stream.group, values)
+            self.streams[name] = HeadInput(
+                stream.hidden, labels, axis, stream.head, learns, stream.group, values, stream.tokens
+            )
 
     def _sights(self, term: LossTerm) -> list[Sight]:
         training = torch.is_grad_enabled()
@@ -308,7 +311,7 @@ class _Run:
                 continue
             seen = self._show(one, tile.chunk, logits, facts, shared)
             if one.visit.kind == "sum":
-                value = self._weighted(one, seen)
+                value = self._weighted(one, tile.chunk, seen)
                 if value is not None:
                     sums.append(value)
                     if self.inputs.apart:
@@ -341,13 +344,34 @@ class _Run:
             facts |= {(name, fact): value for fact, value in found.items()}
         return facts
 
-    def _weighted(self, one: Sight, seen: Mapping[str, Logits]) -> Tensor | None:
+    def _weighted(self, one: Sight, chunk: Chunk, seen: Mapping[str, Logits]) -> Tensor | None:
         """The visit's share of the loss."""
         terms = one.visit.of(self.terms[one.term].loss, seen)
         assert isinstance(terms, Terms), f"the visit '{one.whole_name}' is a sum and returns Terms"
-        sums, counts = terms.sums, self.inputs.batch.counts
+        counts = self.inputs.counts(one.term)
+        sums: Sums = terms.sums
+        if one.term in self.inputs.weighed:
+            sums = weighed_sums(one.term, terms, lambda term: self._factors(one, chunk, len(term.value)))
         self.inputs.report.take(one.term, sums, terms.watched, counts)
         return weighted_sum(sums, self.inputs.weights[one.term], counts)
+
+    def _factors(self, one: Sight, chunk: Chunk, count: int) -> Tensor:
+        """What each of the visit's values in this chunk is multiplied by [count]."""
+        weighed = self.inputs.weighed[one.term]
+        if one.axes <= MODELS:
+            axis = "student" if "student" in one.axes else "teacher"
+            return weighed.on(TOKENS_OF[axis], self._length(axis))[chunk[axis]]
+        stream = next((s for s in map(self.streams.__getitem__, one.streams.values()) if s.tokens is not None), None)
+        if stream is None or stream.tokens is None:
+            raise KdzooError(
+                f"losses.{one.term}.weights: the visit '{one.visit.name}' sees packings that do not say which tokens "
+                "they stand for; say it in 'Stream.tokens', or take 'weights' away"
+            )
+        at, groups = chunk[stream.axis], as_slice(chunk.get(GROUPS, slice(0, 0)))
+        factors = weighed.factors[stream.tokens[at]]
+        if stream.group is None or count != groups.stop - groups.start:
+            return factors
+        return mean_by(factors, stream.group[at] - groups.start, count)
 
     def _per_token(self, one: Sight, seen: Mapping[str, Logits]) -> Mapping[str, Tensor]:
         values = one.visit.of(self.terms[one.term].loss, seen)
@@ -394,11 +418,15 @@ class _Run:
         for local, name in one.streams.items():
             stream = self.streams[name]
             at = chunk[stream.axis]
+            own, softmaxes = logits[name], name
+            tau = self._temperatures(one.term, stream, at)
+            if tau is not None:  # which is the term's own: so are the softmaxes
+                own, softmaxes = own / tau.to(own.dtype)[:, None], f"{name}, tempered by {one.term}"
             seen[local] = Logits(
                 local,
-                logits[name],
+                own,
                 self._labels(name, chunk),
-                shared.setdefault(name, {}),
+                shared.setdefault(softmaxes, {}),
                 self._known(self.terms[one.term], stream.axis, at, facts),
                 {key: value[at] for key, value in stream.values.items()},
                 self._scanned.get(one.term, {}),
@@ -408,6 +436,21 @@ class _Run:
                 groups.stop - groups.start,
             )
         return seen
+
+    def _temperatures(self, term: str, stream: HeadInput, at: Index) -> Tensor | None:
+        """What the term's token weights divide these logits by [n]."""
+        weighed = self.inputs.weighed.get(term)
+        if weighed is None or weighed.weights.temperatures is None:
+            return None
+        if stream.axis in MODELS:
+            whole = weighed.temperatures(TOKENS_OF[stream.axis], self._length(stream.axis))
+            return None if whole is None else whole[at]
+        if stream.tokens is None:
+            raise KdzooError(
+                f"losses.{term}.weights: a packing does not say which tokens it stands for, whose temperatures differ; "
+                "say it in 'Stream.tokens', or take weights without temperatures"
+            )
+        return weighed.weights.temperatures[stream.tokens[at]]
 
     def _known(self, term: LossTerm, axis: str, at: Index, facts: Facts) -> dict[str, Tensor]:
         """The facts that the term declares, on these tokens of a model; `facts` are those of the tile."""

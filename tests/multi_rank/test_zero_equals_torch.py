@@ -50,7 +50,7 @@ def plain_torch(folder: Path, same: bool, steps: int) -> list[tuple[float, dict[
     from kdzoo.engine.frozen import model_info
     from kdzoo.plugin.registry import load_plugins
     from kdzoo.step.capture import capture
-    from kdzoo.step.distiller import Distiller, teacher_sites
+    from kdzoo.step.distiller import Aim, Distiller, teacher_sites
     from kdzoo.step.report import Report
 
     registry = load_plugins()
@@ -69,7 +69,7 @@ def plain_torch(folder: Path, same: bool, steps: int) -> list[tuple[float, dict[
                 sites = capture(teacher, of_teacher, batch.teacher, teacher_sites(made))
             weights = {name: slot["weight"] for name, slot in LOSSES.items()}
             loss = distiller(
-                batch=batch, teacher=sites, teacher_head=of_teacher.head(teacher), weights=weights, report=Report()
+                batch=batch, teacher=sites, teacher_head=of_teacher.head(teacher), aim=Aim(weights, Report())
             )
             loss.backward()
             total += loss.item()

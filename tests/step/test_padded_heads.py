@@ -16,7 +16,7 @@ from kdzoo.data.tokenizer import load_tokenizer
 from kdzoo.plugin.registry import load_plugins
 from kdzoo.run.context import RunContext, shared_entries
 from kdzoo.step.capture import capture
-from kdzoo.step.distiller import Distiller
+from kdzoo.step.distiller import Aim, Distiller
 from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report
 from kdzoo.testing.tiny import tiny_batch, tiny_model
@@ -78,7 +78,7 @@ def test_models_with_heads_of_two_widths_meet_on_what_both_have():
         replace(adapter.head(model), entries=60) for adapter, model in ((of_student, student), (of_teacher, teacher))
     )
     found = Distiller(student, of_student, ours, terms)(
-        batch=batch, teacher=sites, teacher_head=theirs, weights={"kd": 1.0}, report=Report()
+        batch=batch, teacher=sites, teacher_head=theirs, aim=Aim({"kd": 1.0}, Report())
     )
     torch.testing.assert_close(found.detach(), (log_p.exp() * (log_p - log_q)).sum(-1).mean())
     found.backward()

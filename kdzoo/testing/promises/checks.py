@@ -16,6 +16,7 @@ from kdzoo.api.batch import Batch, Side
 from kdzoo.api.chunk import Logits
 from kdzoo.api.loss import Loss, Needs, visit
 from kdzoo.api.terms import Terms
+from kdzoo.api.token_weights import TokenWeights, WeighedTokens, Weights
 from kdzoo.step.chunks import CHUNK_BYTES
 from kdzoo.step.distiller import start_from_heads, statistics
 from kdzoo.step.loss_term import LossTerm
@@ -335,6 +336,45 @@ def _near(mine: float, yours: float) -> bool:
     return abs(mine - yours) <= 1e-9 + 1e-7 * max(abs(mine), abs(yours))
 
 
+class Given(TokenWeights):
+    """1 on every token, but for those of one sequence, which are left out."""
+
+    name = "given"
+    paper = formula = "none"
+
+    def build(self) -> None:
+        self.without = -1
+
+    def weigh(self, tokens: WeighedTokens) -> Weights:
+        return Weights((tokens.side.sample != self.without).double())
+
+
+def weights(world: World) -> str:
+    """Each term is made of values of tokens: any token weights can be set beside it in a recipe."""
+    if not world.has_student:
+        return ""
+    batch, given = world.batch(), Given(Given.Params())
+    ones = world.run([replace(world.term(), weights=given)], batch)
+    for name, value in {"loss": ones.loss, **ones.terms}.items():
+        if not value.equal(world.whole.loss if name == "loss" else world.whole.terms[name]):
+            return f"weights of 1 change the {name}; return values of tokens, and say what they are of"
+    for name, gradient in ones.gradients.items():
+        before = world.whole.gradients[name]
+        same = gradient is before if gradient is None or before is None else gradient.equal(before)
+        if not same:
+            return f"weights of 1 change the gradient of '{_shown(name)}'; return values of tokens"
+    if world.needs.batch_coupled:
+        return ""
+    given.without = 1
+    weighed = world.run([replace(world.term(), weights=given)], batch)
+    others = rearranged(batch, [0, 2, 3])
+    found = weighed.difference(world.run([world.term()], replace(others, counts=others.local_counts())))
+    return found and (
+        f"a sequence whose tokens all weigh 0 is not as if it were not there: {found}; return values of tokens, with "
+        "'of' where they are of something else, and 'Stream.tokens' where a packing stands for some"
+    )
+
+
 def coupling(world: World) -> str:
     """What says that it couples a batch does."""
     if not world.needs.batch_coupled or any(check(world) for check in (padding, split, order)):
@@ -498,6 +538,7 @@ CHECKS = (
     Check("split", "micro-batches add up to the batch", split, unless_coupled=True),
     Check("order", "the order of sequences changes nothing", order, unless_coupled=True),
     Check("counts", "each term is divided by what it is a sum over", counts, unless_coupled=True),
+    Check("weights", "token weights of 1 change nothing, and of 0 leave out a sequence", weights),
     Check("coupling", "what says that it couples a batch does", coupling),
     Check("divergence", "if declared: 0 where both models say the same, never negative", divergence, "same"),
     Check("derivative", "the gradient is that of finite differences in float64", finite_differences),

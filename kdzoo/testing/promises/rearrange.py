@@ -27,11 +27,17 @@ def rearranged(batch: Batch, order: Sequence[int], padding: int = 0) -> Batch:
     def numbered(side: Side) -> Side:
         return replace(side, span=torch.tensor([number.get(s, -1) for s in side.span.tolist()], dtype=torch.long))
 
+    columns = {}
+    if student is not None:
+        kept = torch.empty(len(student[0]), dtype=torch.long)
+        kept[student[1][student[1] >= 0]] = (student[1] >= 0).nonzero().squeeze(-1)
+        columns = {name: column[kept] for name, column in batch.columns.items()}
     return replace(
         batch,
         student=None if student is None else numbered(student[0]),
         teacher=None if teacher is None else numbered(teacher[0]),
         pairs=pairs,
+        columns=columns,
     )
 
 

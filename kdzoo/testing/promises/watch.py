@@ -151,7 +151,7 @@ class Divisors:
     def around(self, name: str, original: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
         found = original(*arguments, **named)
         if isinstance(found, Terms):
-            self.of |= {term: per for term, (_, per) in found.values.items()}
+            self.of |= {name: term.per for name, term in found.values.items()}
         return found
 
 

@@ -17,14 +17,16 @@ from kdzoo.api.loss import Loss, Needs
 from kdzoo.api.model_adapter import ModelAdapter
 from kdzoo.api.models import AbsentModel, ModelInfo, ModelPair, Role, Vocabulary
 from kdzoo.api.plugin import Params
+from kdzoo.api.token_weights import TokenWeights
 from kdzoo.errors import KdzooError
 from kdzoo.plugin.registry import Registry, load_plugins
 from kdzoo.step.capture import capture
 from kdzoo.step.chunks import CHUNK_BYTES
-from kdzoo.step.distiller import Distiller, start_from_heads, start_from_statistics, statistics, teacher_sites
+from kdzoo.step.distiller import Aim, Distiller, start_from_heads, start_from_statistics, statistics, teacher_sites
 from kdzoo.step.inputs import PassInputs
 from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report
+from kdzoo.step.weighing import weigh_step
 from kdzoo.testing.promises.rearrange import repeated
 from kdzoo.testing.replay import default_dtype
 from kdzoo.testing.tiny import tiny_batch, tiny_model
@@ -45,6 +47,9 @@ class Subject:
     params: Params
     artifacts: Mapping[str, Mapping[str, Tensor]]
     """Tensors of the stages that the loss names; a stage that is missing here is made by the loss of its name."""
+    weights: type[TokenWeights] | None = None
+    """What weighs its tokens."""
+    weights_params: Params | None = None
 
     @classmethod
     def of(
@@ -183,6 +188,9 @@ class World:
             batch = replace(batch, teacher=_every_token(teacher), pairs=batch.pairs[:0])
         if not self.has_student:
             batch = replace(batch, student=None)
+        if self.subject.weights is not None and batch.student is not None:
+            columns = self.subject.weights.needs(self.subject.weights_params).columns
+            batch = replace(batch, columns={name: _column(batch.student) for name in columns})
         return replace(batch, counts=batch.local_counts())
 
     @torch.no_grad()
@@ -210,7 +218,8 @@ class World:
         torch.manual_seed(seed)
         with default_dtype(torch.float64):  # so that frozen artifacts keep their precision
             loss = self.subject.loss(self.subject.params, pair, artifacts).double()
-        term = LossTerm.of(name, loss)
+        weights = None if self.subject.weights is None else self.subject.weights(self.subject.weights_params)
+        term = LossTerm.of(name, loss, weights=weights)
         if loss.reads_statistics():
             batch = self.batch()
             start_from_statistics([term], statistics([term], batch, self.teacher_sites([term], batch)))
@@ -246,13 +255,13 @@ class World:
         head = self.heads.get("student")
         distiller = Distiller(student, model_adapter, head, terms, chunk_bytes=chunk_bytes)
         report = Report()
-        loss = distiller(
-            batch=batch,
-            teacher=self.teacher_sites(terms, batch),
-            teacher_head=self.heads["teacher"],
-            weights={term.name: 1.0 for term in terms},
-            report=report,
-        )
+        inputs = {
+            "batch": batch,
+            "teacher": self.teacher_sites(terms, batch),
+            "teacher_head": self.heads["teacher"],
+        }
+        (weighed,) = weigh_step(terms, [batch], [distiller(**inputs, aim=None)])
+        loss = distiller(**inputs, aim=Aim({term.name: 1.0 for term in terms}, report, weighed))
         return outcome(loss, report, {n: p for n, p in distiller.named_parameters() if p.requires_grad})
 
     def recorded(self, term: LossTerm, batch: Batch, dtype: torch.dtype = torch.float64) -> Recording:
@@ -359,6 +368,11 @@ def _saying(side: Side, ids: Tensor) -> Side:
     """The same positions with other tokens [B, T]."""
     flat = ids.flatten()
     return replace(side, input_ids=ids, labels=flat[side.positions + 1], inputs=flat[side.positions])
+
+
+def _column(side: Side) -> Tensor:
+    """Some number for each token, that follows from what it says and is 0 for some."""
+    return (side.labels % 4).to(torch.float64) / 2
 
 
 def _every_token(side: Side) -> Side:
