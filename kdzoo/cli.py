@@ -315,9 +315,9 @@ def list_(recipes: bool, as_json: bool, plugins: Sequence[Path]) -> None:
 @plugin_option
 @click.argument("name_or_file")
 def check(name_or_file: str, sets: Sequence[str], ranks: bool, plugins: Sequence[Path]) -> int:
-    """Test a loss against the rules that every loss must keep.
+    """Test a loss, or token weights, against the rules that all of them must keep.
 
-    NAME_OR_FILE is the name of a loss, or a plugin file, of which every loss is tested.
+    NAME_OR_FILE is a name, or a plugin file, of which every loss and all token weights are tested.
     """
     from kdzoo.recipe.load import flag
     from kdzoo.recipe.merge import merge
@@ -325,13 +325,13 @@ def check(name_or_file: str, sets: Sequence[str], ranks: bool, plugins: Sequence
     _require_loss(name_or_file, plugins)
     params = merge([flag(text) for text in sets]).document
     # What is imported from here on takes seconds.
-    from kdzoo.plugin.registry import losses_called
+    from kdzoo.plugin.registry import checked_classes
     from kdzoo.testing import conformance
 
     kept = True
-    for loss in losses_called(name_or_file, plugins):
-        results = conformance(loss, params, ranks=ranks)
-        click.echo(f"{loss.name}{f' with {json.dumps(params)}' if params else ''}")
+    for checked in checked_classes(name_or_file, plugins):
+        results = conformance(checked, params, ranks=ranks)
+        click.echo(f"{checked.name}{f' with {json.dumps(params)}' if params else ''}")
         for result in results:
             text, color = MARKS[result.status]
             click.echo(f"  {click.style(f'{text:<7}', fg=color)}  {result.check:<13}{result.promise}")
@@ -469,9 +469,10 @@ def _require_loss(name_or_file: str, plugins: Sequence[Path]) -> None:
         raise PluginError(f"{name_or_file}: no such file; give a loss of 'kdzoo list', or a plugin's file")
     from kdzoo.plugin.declarations import declarations
 
-    losses = declarations(plugins).of("loss")
-    if name_or_file not in losses:
-        close = did_you_mean(name_or_file, losses)
+    declared = declarations(plugins)
+    known = {**declared.of("loss"), **declared.of("token_weights")}
+    if name_or_file not in known:
+        close = did_you_mean(name_or_file, known)
         raise PluginError(f"{name_or_file}: no such loss{close}; give a loss of 'kdzoo list', or a plugin's file")
 
 

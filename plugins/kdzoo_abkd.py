@@ -83,7 +83,7 @@ class ABKD(Loss):
         dtype = log_p.dtype
         if 0 < max(abs(x) for x in self.params.powers()) < SMALL_POWER:
             log_p, log_q = log_p.double(), log_q.double()
-        value = ops.closed_form(self.divergence, log_p, log_q).sum().to(dtype)
+        value = ops.closed_form(self.divergence, log_p, log_q).to(dtype)
         return Terms().add("abkd", value * self.authors_factor() if self.params.constants == "authors" else value)
 
     def authors_factor(self) -> float:

@@ -171,7 +171,7 @@ class Alm(Loss):
         weight = {"chunk_count": 1, "token_count": tokens, "log1p_token_count": tokens.log1p()}[p.numerator]
         value = torch.where(chunks.held, weight * ops.LIKELIHOOD_DIFFERENCES[p.difference](a, b, p.order), 0)
         if p.denominator == "merged_chunk_count":
-            value = value * (aligned.held.sum() / count.clamp_min(1))
+            value = value * aligned.held.sum() / count.clamp_min(1)
         per: Reduction = "teacher_tokens" if p.denominator == "token_count" else "spans"
         terms = Terms().add("likelihood", value, per, of=chunks.of["student"])
         terms.watch("teacher_tokens_per_chunk", tokens, count)

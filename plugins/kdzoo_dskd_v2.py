@@ -176,7 +176,7 @@ class DSKDv2(Loss):
                 counts = self.learns(heard, values["agrees"]) if name == "t2s_kd" else heard
                 value = torch.where(counts, values[name], 0)
                 if self.params.mean == "batch":
-                    value = value * (len(heard) / counts.sum().clamp_min(1))
+                    value = value * len(heard) / counts.sum().clamp_min(1)
                 terms.add(name, value, per="tokens" if self.pair.same_tokens else "pairs")
         return terms.watch("t2s_agreement", values["agrees"], heard.sum()) if "agrees" in values else terms
 

@@ -16,6 +16,7 @@ from kdzoo.api import hooks
 from kdzoo.api.loss import Loss
 from kdzoo.api.model_adapter import ModelAdapter
 from kdzoo.api.plugin import Plugin
+from kdzoo.api.token_weights import TokenWeights
 from kdzoo.errors import PluginError, did_you_mean
 from kdzoo.plugin.discovery import PluginSource, find_plugins, refuse_clashes
 from kdzoo.plugin.kinds import KINDS
@@ -64,18 +65,18 @@ def load_plugins(loose: Sequence[Path] = ()) -> Registry:
     )
 
 
-def losses_called(name_or_file: str, loose: Sequence[Path] = ()) -> list[type[Loss]]:
-    """The loss of a name, or every loss of a plugin's file, installed or not. Neither is a `PluginError`."""
+def checked_classes(name_or_file: str, loose: Sequence[Path] = ()) -> list[type[Loss] | type[TokenWeights]]:
+    """The loss or token weights of a name, or all of a plugin's file, installed or not. Neither is a `PluginError`."""
     file = Path(name_or_file)
     installed = {plugin.file for plugin in find_plugins()}
     registry = load_plugins([*loose, file] if file.suffix == ".py" and file.resolve() not in installed else loose)
-    losses = registry.of(Loss)
-    if name_or_file in losses:
-        return [losses[name_or_file]]
-    providers = {name: registry.providers[Loss.kind, name].file for name in losses}
-    found = [loss for name, loss in losses.items() if providers[name] == file.resolve()]
+    known: dict[str, type[Loss] | type[TokenWeights]] = {**registry.of(TokenWeights), **registry.of(Loss)}
+    if name_or_file in known:
+        return [known[name_or_file]]
+    providers = {name: registry.providers[thing.kind, name].file for name, thing in known.items()}
+    found = [thing for name, thing in known.items() if providers[name] == file.resolve()]
     if not found:
-        why = "registers no loss" if file.is_file() else f"no such loss{did_you_mean(name_or_file, losses)}"
+        why = "registers no loss" if file.is_file() else f"no such loss{did_you_mean(name_or_file, known)}"
         raise PluginError(f"{name_or_file}: {why}; give a loss of 'kdzoo list', or a plugin's file")
     return found
 

@@ -19,7 +19,7 @@ from kdzoo.api.batch import Batch, Side
 from kdzoo.api.head import HEAD_WEIGHT, Head
 from kdzoo.api.loss import Loss, Needs, Visited
 from kdzoo.api.models import AbsentModel, ModelInfo, ModelPair, Role, Vocabulary
-from kdzoo.api.plugin import Params
+from kdzoo.api.plugin import Params, Plugin
 from kdzoo.api.terms import Terms
 from kdzoo.errors import KdzooError, did_you_mean
 from kdzoo.step.chunks import CHUNK_BYTES
@@ -235,10 +235,10 @@ def _student_ids(recorded: Any, tensors: Mapping[Role, _Tensors], same_tokens: b
     return torch.where(entries < (len(tensors["student"].head) if same_tokens else 0), entries, -1)
 
 
-def valid_params(address: str, loss: type[Loss], given: Mapping[str, Any]) -> Params:
-    """The loss's parameters; what it does not have is a `KdzooError` at `address`."""
+def valid_params(address: str, plugin: type[Plugin], given: Mapping[str, Any]) -> Params:
+    """The plugin's parameters; what it does not have is a `KdzooError` at `address`."""
     try:
-        return loss.Params.model_validate(given)
+        return plugin.Params.model_validate(given)
     except ValidationError as error:
         faults = (f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors())
         raise KdzooError(f"{address}: {'; '.join(faults)}") from error

@@ -114,6 +114,6 @@ def test_deviations_are_sentences():
 
 
 def test_a_kind_that_nothing_is_said_of_has_a_section_too():
-    declared = Declared("token_weights", "by_doubt", "zoo", "Weighs tokens.", "", "", {})
-    found = page(Declarations({"token_weights": {"by_doubt": declared}}))
-    assert "## Token weights plugins" in found and "### `by_doubt`" in found
+    declared = Declared("answer_source", "by_doubt", "zoo", "Gives answers.", "", "", {})
+    found = page(Declarations({"answer_source": {"by_doubt": declared}}))
+    assert "## Answer source plugins" in found and "### `by_doubt`" in found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +13,13 @@ from torch import Tensor
 from torch.multiprocessing import ProcessExitedException
 
 from kdzoo.api.loss import Loss
+from kdzoo.api.plugin import NoParams, Plugin
+from kdzoo.api.token_weights import TokenWeights
 from kdzoo.errors import KdzooError
 from kdzoo.testing.promises.checks import CHECKS, Check
 from kdzoo.testing.promises.ranks import two_ranks
+from kdzoo.testing.promises.token_weights import CHECKS as CHECKS_OF_WEIGHTS
+from kdzoo.testing.promises.token_weights import Carrier
 from kdzoo.testing.promises.world import Subject, World
 from kdzoo.testing.ranks import ADVICE
 from kdzoo.testing.replay import valid_params
@@ -35,24 +39,27 @@ class Result:
 
 
 def conformance(
-    loss: type[Loss],
+    checked: type[Loss] | type[TokenWeights],
     params: Mapping[str, Any] | None = None,
     *,
     artifacts: Mapping[str, Mapping[str, Tensor]] | None = None,
     ranks: bool = True,
 ) -> Iterator[Result]:
-    """Every check of `loss` with `params`, as it ends.
+    """Every check of a loss, or of token weights, with `params`, as it ends.
 
     `artifacts` are the tensors of the stages that it names in its needs; by default, what the loss of that name begins
     with. `ranks`: also on two ranks of ZeRO-3, which takes half a minute. Parameters that the loss does not have are a
     `KdzooError`.
     """
-    return _results(Subject(loss, valid_params(loss.name, loss, params or {}), artifacts or {}), ranks)
+    valid = valid_params(checked.name, checked, params or {})
+    if issubclass(checked, TokenWeights):
+        return _results(Subject(Carrier, NoParams(), {}, checked, valid), CHECKS_OF_WEIGHTS, ranks)
+    return _results(Subject(checked, valid, artifacts or {}), CHECKS, ranks)
 
 
-def _results(subject: Subject, ranks: bool) -> Iterator[Result]:
+def _results(subject: Subject, checks: Sequence[Check], ranks: bool) -> Iterator[Result]:
     tried = _Tried(subject)
-    for check in CHECKS:
+    for check in checks:
         yield tried.result(check)
     if ranks:
         # What stalls the ranks, or fails anywhere, is known by now: processes would only say it less clearly.
@@ -73,13 +80,14 @@ def _mend(check: str) -> str:
 
 
 def check_loss(
-    loss: type[Loss],
+    loss: type[Loss] | type[TokenWeights],
     params: Mapping[str, Any] | None = None,
     *,
     artifacts: Mapping[str, Mapping[str, Tensor]] | None = None,
     ranks: bool = True,
 ) -> None:
-    """Raise an `AssertionError` that names every promise which `loss` does not keep, with what to do.
+    """Raise an `AssertionError` that names every promise which a loss (or token weights) does not keep, with what to
+    do.
 
     The arguments are those of `conformance`.
     """
@@ -120,7 +128,7 @@ class _Tried:
         except KdzooError as error:
             return str(error)
         except Exception as error:
-            fault = _in_one_line(error, self.subject.loss)
+            fault = _in_one_line(error, self.subject.checked)
             return fault if same_tokens else f"{fault}; mend it for two tokenizers, or say tokenizers='same' in 'needs'"
 
     def _world(self, same_tokens: bool) -> World | None:
@@ -143,12 +151,12 @@ def _rank_fault(subject: Subject) -> str:
         return " ".join(str(error).strip().splitlines()[-1:])
 
 
-def _in_one_line(error: Exception, loss: type[Loss]) -> str:
-    """The exception, and the line of the loss's own file that it passed last."""
-    file = Path(inspect.getfile(loss))
+def _in_one_line(error: Exception, checked: type[Plugin]) -> str:
+    """The exception, and the line of the plugin's own file that it passed last."""
+    file = Path(inspect.getfile(checked))
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
     place = f" ({file.name}:{lines[-1]})" if lines else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
 
 
-__all__ = ["CHECKS", "RANKS", "Result", "check_loss", "conformance"]
+__all__ = ["CHECKS", "CHECKS_OF_WEIGHTS", "RANKS", "Result", "check_loss", "conformance"]

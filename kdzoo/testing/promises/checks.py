@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -132,6 +132,18 @@ def _calls(world: World, lengths: Sequence[tuple[int, int, int]], chunk_bytes: i
     calls.listen(term.loss)
     world.run([term], world.batch(lengths), chunk_bytes)
     return calls.made
+
+
+class Watched(dict[str, Tensor]):
+    """A mapping that remembers what was read of it."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
 
 
 def needs(world: World) -> str:
@@ -485,11 +497,11 @@ def state(world: World) -> str:
         found = world.run([term], batch)
         for name in buffers.changed():
             return f"the buffer '{name}' moves with every micro-batch; move it in 'after_step'"
-        unsaved = _unsaved(term.loss)
+        before = unsaved(term.loss)
         terms = {n.removeprefix(f"{SLOT}/"): float(v) for n, v in {**found.terms, **found.watched}.items()}
         term.loss.after_step(terms, (number + 1) / 3)
-        for name, value in _unsaved(term.loss).items():
-            if unsaved.get(name) != value:
+        for name, value in unsaved(term.loss).items():
+            if before.get(name) != value:
                 return f"'after_step' changes '{name}', which no checkpoint keeps; register it as a buffer"
     with torch.no_grad():
         for parameter in term.loss.parameters():
@@ -508,10 +520,10 @@ def state(world: World) -> str:
 OF_EVERY_MODULE = vars(nn.Module()).keys()
 
 
-def _unsaved(loss: Loss) -> dict[str, bytes]:
+def unsaved(of: nn.Module) -> dict[str, bytes]:
     """Attributes that are no part of the state, as bytes to compare."""
-    found: dict[str, Any] = {n: v for n, v in loss.named_buffers() if n not in loss.state_dict()}
-    for owner, module in loss.named_modules():
+    found: dict[str, Any] = {n: v for n, v in of.named_buffers() if n not in of.state_dict()}
+    for owner, module in of.named_modules():
         own = {name: value for name, value in vars(module).items() if name not in OF_EVERY_MODULE}
         found |= {f"{owner}.{name}".removeprefix("."): value for name, value in own.items()}
     return {name: _pickled(value) for name, value in found.items()}

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from kdzoo.api.batch import Batch
 from kdzoo.api.head import Head
-from kdzoo.api.loss import Loss
 from kdzoo.api.models import Role
 from kdzoo.errors import KdzooError
 from kdzoo.quiet import quiet
@@ -41,24 +40,43 @@ class _Task:
     params: dict[str, Any]
     artifacts: Mapping[str, Mapping[str, Tensor]]
     same_tokens: bool
+    weights: tuple[str, str, dict[str, Any]] | None
+    """File, name and parameters of what weighs tokens."""
 
     @classmethod
     def of(cls, subject: Subject, same_tokens: bool) -> _Task:
-        loss = subject.loss
-        if "<locals>" in loss.__qualname__:
-            raise KdzooError(f"the class '{loss.__name__}' is made inside a function; ranks need it at a file's top")
+        for made in (subject.loss, subject.weights):
+            if made is not None and "<locals>" in made.__qualname__:
+                raise KdzooError(
+                    f"the class '{made.__name__}' is made inside a function; ranks need it at a file's top"
+                )
+        weights = None
+        if subject.weights is not None and subject.weights_params is not None:
+            dumped = subject.weights_params.model_dump()
+            weights = (inspect.getfile(subject.weights), subject.weights.__qualname__, dumped)
         params = subject.params.model_dump()
-        return cls(inspect.getfile(loss), loss.__qualname__, params, subject.artifacts, same_tokens)
+        return cls(
+            inspect.getfile(subject.loss), subject.loss.__qualname__, params, subject.artifacts, same_tokens, weights
+        )
 
     def world(self) -> World:
-        name = f"kdzoo_checked_{Path(self.file).stem}"
-        if name not in sys.modules:
-            spec = importlib.util.spec_from_file_location(name, self.file)
-            assert spec is not None and spec.loader is not None
-            sys.modules[name] = module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        loss: type[Loss] = getattr(sys.modules[name], self.name)
-        return World(Subject.of(loss, self.params, self.artifacts), self.same_tokens)
+        subject = Subject.of(_loaded(self.file, self.name), self.params, self.artifacts)
+        if self.weights is not None:
+            file, name, params = self.weights
+            weights = _loaded(file, name)
+            subject = replace(subject, weights=weights, weights_params=weights.Params.model_validate(params))
+        return World(subject, self.same_tokens)
+
+
+def _loaded(file: str, name: str) -> Any:
+    """The class of a file."""
+    module_name = f"kdzoo_checked_{Path(file).stem}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, file)
+        assert spec is not None and spec.loader is not None
+        sys.modules[module_name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return getattr(sys.modules[module_name], name)
 
 
 def two_ranks(subjects: Sequence[tuple[Subject, bool]]) -> list[str]:

@@ -17,7 +17,7 @@ from kdzoo.api.loss import Loss, Needs
 from kdzoo.api.model_adapter import ModelAdapter
 from kdzoo.api.models import AbsentModel, ModelInfo, ModelPair, Role, Vocabulary
 from kdzoo.api.plugin import Params
-from kdzoo.api.token_weights import TokenWeights
+from kdzoo.api.token_weights import TokenNeeds, TokenWeights
 from kdzoo.errors import KdzooError
 from kdzoo.plugin.registry import Registry, load_plugins
 from kdzoo.step.capture import capture
@@ -65,7 +65,16 @@ class Subject:
 
     @property
     def fits_two_tokenizers(self) -> bool:
-        return self.needs(same_tokens=False).tokenizers == "any"
+        return self.needs(same_tokens=False).tokenizers == "any" and not self.weight_needs.compares_models
+
+    @property
+    def weight_needs(self) -> TokenNeeds:
+        return TokenNeeds() if self.weights is None else self.weights.needs(self.weights_params)
+
+    @property
+    def checked(self) -> type[Loss] | type[TokenWeights]:
+        """Which of both the checks are of."""
+        return self.loss if self.weights is None else self.weights
 
 
 @dataclass(frozen=True)
@@ -189,8 +198,8 @@ class World:
         if not self.has_student:
             batch = replace(batch, student=None)
         if self.subject.weights is not None and batch.student is not None:
-            columns = self.subject.weights.needs(self.subject.weights_params).columns
-            batch = replace(batch, columns={name: _column(batch.student) for name in columns})
+            columns = {name: _column(batch.student) for name in self.subject.weight_needs.columns}
+            batch = replace(batch, columns=columns)
         return replace(batch, counts=batch.local_counts())
 
     @torch.no_grad()
