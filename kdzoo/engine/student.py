@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 import torch
@@ -24,6 +24,7 @@ from kdzoo.engine.deepspeed_private import gathered_state, whole_shape
 from kdzoo.engine.distributed import gathered, summed, world
 from kdzoo.engine.frozen import FrozenModel, gather
 from kdzoo.recipe.model import LossSlot, Stage
+from kdzoo.step.balance import Balance, How
 from kdzoo.step.distiller import Aim, Distiller, teacher_sites
 from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report
@@ -78,7 +79,9 @@ class StudentEngine:
         batches = [batch.to(self.device) for batch in batches]
         sites, weighed = self._weigh(batches)
         self.engine.train()
-        weights = {name: weight_at(slot.weight, number) for name, slot in self._losses.items()}
+        given = {name: weight_at(slot.weight, number) for name, slot in self._losses.items()}
+        balance = self.distiller.balance
+        weights = given if balance is None else balance.weights(given)
         report = Report()
         apart = self._apart_every is not None and number % self._apart_every == 0 and self.distiller.student is not None
         total = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -96,7 +99,8 @@ class StudentEngine:
         if not self._plain:
             norm = self.engine.get_global_grad_norm()
         lr = self.engine.get_lr()[0]
-        found, progress = merged(report, self.device), (number + 1) / self._steps
+        of_all_ranks, progress = merged(report, self.device), (number + 1) / self._steps
+        found = of_all_ranks.values
         for term in self.distiller.terms:
             own = f"{term.name}/"
             names = [name for name in (*report.terms, *report.watched) if name.startswith(own) and name in found]
@@ -105,7 +109,11 @@ class StudentEngine:
             if term.weights is not None:
                 losses = {name: value for name, value in own_terms.items() if f"{own}{name}" in report.terms}
                 term.weights.after_step(losses, progress)
-        return {"loss": summed({"loss": total}, self.device)["loss"], **found} | {
+        if balance is not None:
+            found |= {f"{slot}/balanced_weight": weight for slot, weight in weights.items()}
+            if apart:
+                balance.measured(given, of_all_ranks.products)
+        return {"loss": summed({"loss": total}, self.device)["loss"], **found, **of_all_ranks.norms} | {
             "gradient_norm": float(norm) if norm is not None else float("nan"),
             "lr": float(lr),
         }
@@ -118,7 +126,7 @@ class StudentEngine:
         report = Report()
         for batch in batches:
             self._loss(batch.to(self.device), None, Aim(weights, report))
-        return merged(report, self.device)
+        return merged(report, self.device).values
 
     def _weigh(self, batches: Sequence[Batch]) -> tuple[list[TeacherSites | None], list[dict[str, Weighed]]]:
         """What tokens weigh in this step, by micro-batch; and the teacher's sites, where they were needed for it."""
@@ -178,10 +186,15 @@ class StudentEngine:
 
 
 def build_distiller(
-    student: nn.Module | None, model_adapter: ModelAdapter | None, head: Head | None, terms: Sequence[LossTerm]
+    student: nn.Module | None,
+    model_adapter: ModelAdapter | None,
+    head: Head | None,
+    terms: Sequence[LossTerm],
+    balance: How | None = None,
 ) -> Distiller:
     """The module that trains, whose pass gathers the frozen teacher's partitioned head when it needs it."""
-    return Distiller(student, model_adapter, head, terms, gather=gather)
+    found = None if balance is None else Balance([term.name for term in terms], balance)
+    return Distiller(student, model_adapter, head, terms, gather=gather, balance=found)
 
 
 def parameter_groups(distiller: Distiller, stage: Stage, losses: Mapping[str, LossSlot]) -> list[dict[str, Any]]:
@@ -207,18 +220,34 @@ def weight_at(weight: Any, step: int) -> float:
     return weight.start + (weight.end - weight.start) * min(1.0, step / weight.steps)
 
 
-def merged(report: Report, device: torch.device) -> dict[str, float]:
-    """Terms and watched values of all ranks: shares and squared norms add up, watched values are total over count."""
+class Merged(NamedTuple):
+    """A report of all ranks and micro-batches together."""
+
+    values: dict[str, float]
+    """Terms and watched values."""
+    products: dict[tuple[str, str], float]
+    """Two slots -> the product of their gradients at the student's last state."""
+
+    @property
+    def norms(self) -> dict[str, float]:
+        """`<slot>/gradient_at_state`"""
+        squares = {one: product for (one, other), product in self.products.items() if one == other}
+        return {f"{slot}/gradient_at_state": math.sqrt(square) for slot, square in squares.items()}
+
+
+def merged(report: Report, device: torch.device) -> Merged:
+    """Shares and products add up, watched values are total over count."""
     sums = {f"term {k}": v for k, v in report.terms.items()}
     sums |= {f"total {k}": total for k, (total, _) in report.watched.items()}
     sums |= {f"count {k}": count for k, (_, count) in report.watched.items()}
-    sums |= {f"norm {key}": square for key, square in report.norms.items()}
+    sums |= {f"product {one} {other}": product for (one, other), product in report.products.items()}
     values = summed(sums, device)
     terms = {name: values[f"term {name}"] for name in report.terms}
     watched = {
         name: values[f"total {name}"] / values[f"count {name}"] for name in report.watched if values[f"count {name}"]
     }
-    return terms | watched | {key: math.sqrt(values[f"norm {key}"]) for key in report.norms}
+    products = {(one, other): values[f"product {one} {other}"] for one, other in report.products}
+    return Merged(terms | watched, products)
 
 
 def whole_gradient(parameter: nn.Parameter) -> Tensor | None:

@@ -205,6 +205,10 @@ class Stage(Section):
     """The parameters of `use`."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Merged over the recipe's `deepspeed` for this stage."""
+    balance: Literal["gradient", "pcgrad"] | None = None
+    """How the weights of losses follow their gradients at the student's last state, which are measured every
+    `gradients_every` steps. "gradient": so that the norms of the gradients are in proportion to the weights. "pcgrad":
+    so that what a gradient has against another one is taken off it. Default: weights are as they are given."""
     gradients_every: int | None = Field(default=20, ge=1)
     """Optimizer steps between measurements of each loss's gradient at the student's last state. Each measurement costs
     one product with the student's head per loss."""

@@ -195,6 +195,13 @@ def _stages(merged: Merged) -> Iterator[str]:
         name = str(at[-1])
         if name != "distill" and "checkpoint_every" in stage:
             yield fault(merged, (*at, "checkpoint_every"), "only the stage 'distill' writes checkpoints; remove it")
+        if stage.get("balance") is not None and ("use" in stage or stage.get("gradients_every", 1) is None):
+            why = (
+                "a stage that makes an artifact trains one loss; remove it"
+                if "use" in stage
+                else "follows the gradients that 'gradients_every' measures; give a number there"
+            )
+            yield fault(merged, (*at, "balance"), why)
         if name not in NAMED_STAGES:
             if "use" not in stage:
                 hint = did_you_mean(name, NAMED_STAGES) or "; name the loss whose module this stage trains"

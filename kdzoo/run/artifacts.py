@@ -129,12 +129,14 @@ def common_key(context: RunContext, resolved: ResolvedStage, role: ModelRole) ->
     weighed: dict[str, Any] = {"token_weights": weights} if weights else {}
     if columns:
         weighed["columns"] = columns_fingerprint(resolved.source.rows, columns)
+    if resolved.stage.balance is not None:
+        weighed["balance"] = [resolved.stage.balance, resolved.stage.gradients_every]
     return weighed | {
         "kdzoo": kdzoo.__version__,
         "stage": resolved.stage.model_dump(
             mode="json",
             exclude={"deepspeed", "micro_batch", "gradients_every", "checkpoint_every"}
-            | {"data", "losses", "use", "params", "seed"},
+            | {"balance", "data", "losses", "use", "params", "seed"},
         ),
         # The names of a fusion and of token weights are no part of it.
         "losses": {

@@ -173,10 +173,19 @@ def build_losses(
     torch.manual_seed(seed)
     built = []
     for term in losses:
-        made = term.loss(term.params, pair, artifacts.get(term.name, {})).to(DTYPES[context.recipe.precision])
+        made = in_precision(term.loss(term.params, pair, artifacts.get(term.name, {})), context.recipe.precision)
         weights = None if term.weights is None else term.weights.weights(term.weights.params).to(context.device)
         built.append(LossTerm.of(term.name, made, term.state, term.prediction, weights))
     return built
+
+
+def in_precision(loss: Loss, precision: str) -> Loss:
+    """In the run's precision, but for buffers in float64: what moves over the steps would stand still in half."""
+    exact = [(m, n, b) for m in loss.modules() for n, b in m.named_buffers(recurse=False) if b.dtype == torch.float64]
+    loss.to(DTYPES[precision])
+    for module, name, buffer in exact:
+        setattr(module, name, buffer)
+    return loss
 
 
 def models_of(context: RunContext, losses: ResolvedLosses, inputs: StageInputs) -> tuple[ModelPair, int | None]:

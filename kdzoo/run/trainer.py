@@ -78,7 +78,7 @@ def build_engine(
         heads["student"] = model_adapter.head(module)
     heads = {name: replace(head, entries=entries) for name, head in heads.items()}
     start_losses(terms, inputs, schedule.micro_batch, heads, context.device)
-    distiller = build_distiller(module, model_adapter, heads.get("student"), terms)
+    distiller = build_distiller(module, model_adapter, heads.get("student"), terms, stage.balance)
     entries_of = resolved.losses.entries
     head = heads.get("teacher")
     return StudentEngine(distiller, inputs.teacher, head, stage, entries_of, schedule.steps, config, context.device)

@@ -12,6 +12,7 @@ from kdzoo.api.batch import Batch
 from kdzoo.api.head import HEAD_WEIGHT, Head
 from kdzoo.api.model_adapter import ModelAdapter
 from kdzoo.api.models import Role
+from kdzoo.step.balance import Balance
 from kdzoo.step.capture import capture
 from kdzoo.step.chunks import CHUNK_BYTES
 from kdzoo.step.inputs import PassInputs
@@ -49,6 +50,7 @@ class Distiller(nn.Module):
         terms: Sequence[LossTerm],
         gather: Gather = already_whole,
         chunk_bytes: int = CHUNK_BYTES,
+        balance: Balance | None = None,
     ) -> None:
         """`head`: the student's, found outside of any forward pass: reading a partitioned parameter inside one would
         gather it there."""
@@ -61,6 +63,7 @@ class Distiller(nn.Module):
         self.terms = tuple(terms)
         self.adapter = adapter
         self.head = head
+        self.balance = balance
 
     def forward(
         self, *, batch: Batch, teacher: Mapping[str, Tensor], teacher_head: Head | None, aim: Aim | None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
@@ -25,9 +26,9 @@ class Report:
     watched: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """`<slot>/<name>` -> (total, count)."""
 
-    norms: dict[str, Tensor] = field(default_factory=dict)
-    """`<slot>/gradient_at_state` -> this micro-batch's part of the squared norm: that of a slot's weighted terms, for
-    the student's last states."""
+    products: dict[tuple[str, str], Tensor] = field(default_factory=dict)
+    """Two slots -> this micro-batch's part of the product of their gradients: those of their weighted terms, for the
+    student's last states. Of a slot with itself, of the squared norm."""
     _apart: dict[str, Tensor] = field(default_factory=dict)
     _scale: Tensor | None = None
 
@@ -83,11 +84,14 @@ class Report:
 
     def close_gradients(self, slots: Iterable[str]) -> None:
         """After the backward pass of a micro-batch."""
-        for slot in slots:
-            key = f"{slot}/gradient_at_state"
-            gradient = self._apart.get(slot)
-            square = torch.zeros((), dtype=torch.float64) if gradient is None else gradient.double().square().sum()
-            self.norms[key] = self.norms[key] + square if key in self.norms else square
+        found = {slot: self._apart.get(slot) for slot in slots}
+        for one, other in combinations_with_replacement(found, 2):
+            mine, yours = found[one], found[other]
+            product = torch.zeros((), dtype=torch.float64)
+            if mine is not None and yours is not None:
+                product = (mine.double() * yours.double()).sum()
+            pair = (one, other)
+            self.products[pair] = self.products[pair] + product if pair in self.products else product
         self._apart.clear()
 
 

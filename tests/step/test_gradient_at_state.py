@@ -98,8 +98,8 @@ def watched(
 
 
 def norms(report: Report) -> dict[str, float]:
-    assert all(key.endswith("/gradient_at_state") for key in report.norms)
-    return {key.partition("/")[0]: square.sqrt().item() for key, square in report.norms.items()}
+    squares = {one: product for (one, other), product in report.products.items() if one == other}
+    return {slot: square.sqrt().item() for slot, square in squares.items()}
 
 
 def each_alone(setting: Setting, losses: Losses) -> dict[str, Tensor]:
@@ -199,7 +199,7 @@ def test_asking_changes_neither_loss_nor_gradients(same_tokens, chunk_tokens):
     loss, inputs = setting.score(losses, chunk_tokens)
     loss.backward()
     plain = Outcome(loss.detach(), setting.gradients(losses), inputs.report)
-    assert not plain.report.norms
+    assert not plain.report.products
     setting.forget(losses)
     report = Report()
     asked = Outcome(watched(setting, losses, report, chunk_tokens), setting.gradients(losses), report)
@@ -238,5 +238,5 @@ def test_what_is_logged_is_the_norm():
     watched(setting, losses, report)
     logged = merged(report, torch.device("cpu"))
     for name, norm in norms(report).items():
-        assert logged[f"{name}/gradient_at_state"] == pytest.approx(norm)
-    assert math.isfinite(sum(logged.values()))
+        assert logged.norms[f"{name}/gradient_at_state"] == pytest.approx(norm)
+    assert math.isfinite(sum({**logged.values, **logged.norms}.values()))
