@@ -276,10 +276,11 @@ class Loss(nn.Module, Plugin):
         """
         return Terms()
 
-    def after_step(self, terms: Mapping[str, float]) -> None:
+    def after_step(self, terms: Mapping[str, float], progress: float) -> None:
         """The optimizer has stepped. `terms`: this loss's terms and watched values, the same on every rank.
 
-        The place to move a buffer, such as a schedule that follows the loss.
+        `progress`: the share of the stage's optimizer steps that are done, this one included: above 0, and 1 after the
+        last. The place to move a buffer, such as a schedule that follows the loss.
         """
 
 

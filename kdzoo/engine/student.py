@@ -48,6 +48,7 @@ class StudentEngine:
         self.device = device
         self.accumulation = int(config["gradient_accumulation_steps"])
         self._losses = losses
+        self._steps = steps
         self._apart_every = stage.gradients_every
         self._stage_3 = zero_stage(config) == 3
         # Without sharding and in float32 DeepSpeed keeps no gradient norm.
@@ -66,7 +67,7 @@ class StudentEngine:
     def step(self, batches: Sequence[Batch], number: int) -> dict[str, float]:
         """One optimizer step over this rank's micro-batches; the metrics of all ranks together.
 
-        `batches` already hold the global counts. `number` counts optimizer steps from 0, for weights that move.
+        `batches` already hold the global counts. `number` counts the stage's optimizer steps from 0, for what moves.
         """
         self.engine.train()
         weights = {name: weight_at(slot.weight, number) for name, slot in self._losses.items()}
@@ -91,7 +92,8 @@ class StudentEngine:
         for term in self.distiller.terms:
             own = f"{term.name}/"
             names = [name for name in (*report.terms, *report.watched) if name.startswith(own) and name in found]
-            term.loss.after_step({name.removeprefix(own): found[name] for name in names})
+            own_terms = {name.removeprefix(own): found[name] for name in names}
+            term.loss.after_step(own_terms, (number + 1) / self._steps)
         return {"loss": summed({"loss": total}, self.device)["loss"], **found} | {
             "gradient_norm": float(norm) if norm is not None else float("nan"),
             "lr": float(lr),

@@ -93,8 +93,8 @@ class Interpolating(Loss):
         between = torch.lerp(student.logits.detach(), teacher.logits, self.share.to(teacher.logits.dtype))
         return Terms().add("kl", ops.forward_kl(between.log_softmax(-1), student.logprobs()))
 
-    def after_step(self, terms: Any) -> None:
-        self.share.add_(self.params.pace * terms["kl"]).clamp_(max=1.0)
+    def after_step(self, terms: Any, progress: float) -> None:
+        self.share.add_(self.params.pace * terms["kl"]).clamp_(min=progress, max=1.0)
 
 
 SKETCHES = (BetweenBlocks, WeighedByDoubt, OnSharedEntries, Interpolating)

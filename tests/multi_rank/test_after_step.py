@@ -27,20 +27,22 @@ class Moving(Loss):
     def build(self, student, teacher, artifacts):
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("progress", torch.zeros(()))
 
     @visit
     def tokens(self, student: Logits) -> Terms:
         nll = ops.cross_entropy(student.logprobs(), student.labels)
         return Terms().add("nll", nll).watch("own_mean", nll, len(nll))
 
-    def after_step(self, terms):
+    def after_step(self, terms, progress):
         assert terms.keys() == {"nll", "own_mean"}
         assert terms["nll"] == pytest.approx(terms["own_mean"], rel=1e-5)
         self.mean.mul_(0.9).add_(0.1 * terms["nll"])
         self.steps.add_(1)
+        self.progress.fill_(progress)
 
 
-def train(folder: Path, parts: int) -> dict[str, tuple[float, float]]:
+def train(folder: Path, parts: int) -> dict[str, tuple[float, float, float]]:
     """Two steps, a checkpoint, another step; then back to the checkpoint in a new engine."""
     from kdzoo.engine.distributed import rank, world
     from kdzoo.engine.loading import load_model
@@ -72,9 +74,9 @@ def train(folder: Path, parts: int) -> dict[str, tuple[float, float]]:
         losses = {"own": LossSlot(use="moving", weight=1.0)}
         return StudentEngine(distiller, None, None, stage, losses, 3, config, device)
 
-    def moved(run: StudentEngine) -> tuple[float, float]:
+    def moved(run: StudentEngine) -> tuple[float, float, float]:
         loss = run.distiller.terms[0].loss
-        return float(loss.mean), float(loss.steps)
+        return float(loss.mean), float(loss.steps), float(loss.progress)
 
     mine = every[rank() * count : (rank() + 1) * count]
     first = engine()
@@ -108,6 +110,7 @@ def test_a_moving_buffer_is_the_same_on_any_split_and_continues_from_a_checkpoin
     found = [result for r, parts in splits for result in on_ranks(r, tmp_path / f"{r}-{parts}", train, tmp_path, parts)]
     for result in found:
         assert result["after"][1] == 3.0
+        assert (result["kept"][2], result["after"][2]) == (pytest.approx(2 / 3), 1.0)
         assert result["after"][0] == pytest.approx(found[0]["after"][0], rel=1e-6)
         assert result["loaded"] == result["kept"]
         assert result["continued"] == pytest.approx(result["after"], rel=1e-6)

@@ -468,7 +468,7 @@ class ForgetsAfterSteps(OfStates):
     def build(self, student, teacher, artifacts):
         self.mean = 0.0
 
-    def after_step(self, terms):
+    def after_step(self, terms, progress):
         self.mean = 0.9 * self.mean + 0.1 * terms["square"]
 
 

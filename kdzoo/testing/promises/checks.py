@@ -440,15 +440,14 @@ def _in_numbers(found: Outcome) -> dict[str, Tensor]:
 def state(world: World) -> str:
     """What moves is in buffers, moves once per optimizer step, and is saved."""
     term, batch = world.term(), world.batch()
-    for _ in range(3):
+    for number in range(3):
         buffers = Untouched(dict(term.loss.named_buffers()))
         found = world.run([term], batch)
         for name in buffers.changed():
             return f"the buffer '{name}' moves with every micro-batch; move it in 'after_step'"
         unsaved = _unsaved(term.loss)
-        term.loss.after_step(
-            {n.removeprefix(f"{SLOT}/"): float(v) for n, v in {**found.terms, **found.watched}.items()}
-        )
+        terms = {n.removeprefix(f"{SLOT}/"): float(v) for n, v in {**found.terms, **found.watched}.items()}
+        term.loss.after_step(terms, (number + 1) / 3)
         for name, value in _unsaved(term.loss).items():
             if unsaved.get(name) != value:
                 return f"'after_step' changes '{name}', which no checkpoint keeps; register it as a buffer"
