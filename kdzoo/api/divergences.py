@@ -50,6 +50,11 @@ def closed_form(formula: Callable[[Tensor, Tensor], Closed], log_p: Tensor, log_
     return _ClosedForm.apply(formula, log_p, log_q)
 
 
+def log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """log a - log b [n, V]: 0 where both are excluded; see `INFINITE_RATIO` where one is."""
+    return (log_a - log_b).nan_to_num_(nan=0.0, posinf=INFINITE_RATIO, neginf=-INFINITE_RATIO)
+
+
 def _times_log_ratio(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
     """a (log a - log b): 0 where a is 0; see `INFINITE_RATIO`."""
     return (log_a - log_b).nan_to_num_(nan=0.0, posinf=INFINITE_RATIO, neginf=0.0).mul_(a)
@@ -127,7 +132,7 @@ def adaptive_kl(
 
     def formula(log_p: Tensor, log_q: Tensor) -> Closed:
         p_share, q_share = log_p.exp() * head, log_q.exp() * (1 - head)
-        ratio = (log_p - log_q).nan_to_num_(nan=0.0, posinf=INFINITE_RATIO, neginf=-INFINITE_RATIO)
+        ratio = log_ratio(log_p, log_q)
         return (
             ((p_share - q_share).mul_(ratio)).sum(-1),
             lambda g: (ratio + 1).mul_(p_share).sub_(q_share).mul_(g),
@@ -162,6 +167,76 @@ def _total_variation(log_p: Tensor, log_q: Tensor) -> Closed:
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
     """1/2 sum_v |p - q|."""
     return closed_form(_total_variation, log_p, log_q)
+
+
+ALMOST_0 = 1e-6
+"""Powers this small, beside the largest of them or all, make less of a difference than float32 shows."""
+
+LARGEST_LOG = 60.0
+"""Of a probability's negative power; less likely tokens count as this, so that sums of them are finite."""
+
+SMALL_POWER = 0.01
+"""Where no power is larger, the formula is a difference of almost equal numbers and taken in float64."""
+
+
+def alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
+    """- 1/(αβ) sum_v [p^α q^β - α/(α+β) p^(α+β) - β/(α+β) q^(α+β)], and its limits where α, β or α + β is 0.
+
+    KL(p || q) at α = 1, β = 0, and KL(q || p) at α = 0, β = 1.
+    """
+    powers = _powers(alpha, beta)
+    dtype = log_p.dtype
+    if 0 < max(abs(power) for power in powers) < SMALL_POWER:
+        log_p, log_q = log_p.double(), log_q.double()
+    return closed_form(lambda log_p, log_q: _alpha_beta(log_p, log_q, *powers), log_p, log_q).to(dtype)
+
+
+def _powers(alpha: float, beta: float) -> tuple[float, float, float]:
+    """α, β and α + β; what is almost 0 beside the largest of them is 0, and the third is the sum of the two."""
+    largest = max(abs(alpha), abs(beta), abs(alpha + beta))
+    if largest < ALMOST_0:
+        return 0.0, 0.0, 0.0
+    alpha, beta = (x if abs(x) >= ALMOST_0 * largest else 0.0 for x in (alpha, beta))
+    if abs(alpha + beta) < ALMOST_0 * largest:
+        half = (alpha - beta) / 2
+        return half, -half, 0.0
+    return alpha, beta, alpha + beta
+
+
+def _alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float, total: float) -> Closed:
+    """With u = (q^(α+β) - p^α q^β) / α, which is the derivative by log q, w = (p^(α+β) - p^α q^β) / β, that by log p,
+    and v = (q^(α+β) - p^(α+β)) / (α+β), it is the sum of (u + w) / (α+β), which is (v + w) / α. u, v and w have limits
+    of their own, so that only the divisor outside must not be near 0.
+    """
+    if (lowest := min(alpha, beta, total)) < 0:
+        floor = max(-INFINITE_RATIO, LARGEST_LOG / lowest)
+        log_p, log_q = log_p.clamp_min(floor), log_q.clamp_min(floor)
+    ratio = log_ratio(log_q, log_p)
+    of_p, of_q = _times(log_p, total).exp(), _times(log_q, total).exp()
+    of_both = (_times(log_p, alpha) + _times(log_q, beta)).exp()
+    u, w = _difference(of_q, of_both, ratio, alpha), -_difference(of_both, of_p, ratio, beta)
+    if not (alpha or beta):
+        terms = 0.5 * ratio.square()
+    elif abs(total) >= 0.5 * abs(alpha):
+        terms = (u + w) / total
+    else:
+        terms = (_difference(of_q, of_p, ratio, total) + w) / alpha
+    return terms.sum(-1).clamp_min(0), lambda g: w * g, lambda g: u * g
+
+
+def _times(log_x: Tensor, power: float) -> Tensor:
+    """The logarithm of x^power; x^0 is 1, also at 0."""
+    return log_x * power if power else torch.zeros_like(log_x)
+
+
+def _difference(x: Tensor, y: Tensor, ratio: Tensor, power: float) -> Tensor:
+    """(x - y) / power, where log x - log y is power * ratio. At power 0 that is x * ratio."""
+    if abs(power) >= 0.1:
+        return (x - y) / power
+    if not power:
+        return x * ratio
+    # From the larger of the two, so that nothing overflows.
+    return torch.expm1(-abs(power) * ratio.abs()).mul_(torch.maximum(x, y)).mul_(ratio.sign()) / -abs(power)
 
 
 def top_k_and_rest(
