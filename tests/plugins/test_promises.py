@@ -102,6 +102,12 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "reverse_kl": [{"temperature": 2.0}],
     "skew_forward_kl": [{"skew": 0.0}, {"skew": 0.5}],
     "skew_reverse_kl": [{"skew": 0.0}],
+    "taid": [
+        {"temperature": 2.0},
+        {"subtract_entropy": False, "t_start": 0.2},
+        {"adaptive": False, "t_start": 0.0},
+    ],
+    "todi": [{"temperature": 2.0, "beta": 0.3}],
     "total_variation": [
         {"temperature": 2.0},
     ],
