@@ -264,7 +264,11 @@ def top_k_and_rest(
     return torch.cat([top_p, rest_p], -1), torch.cat([top_q, others(log_q)], -1)
 
 
-DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+DivergenceName = Literal[
+    "forward_kl", "reverse_kl", "js", "skew_forward_kl", "skew_reverse_kl", "adaptive_kl", "total_variation"
+]
+
+DIVERGENCES: dict[DivergenceName, Callable[..., Tensor]] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "js": js,
@@ -278,9 +282,7 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 class DivergenceParams(Params):
     """Parameters of a method that leaves its divergence open, for its own to inherit."""
 
-    divergence: Literal[
-        "forward_kl", "reverse_kl", "js", "skew_forward_kl", "skew_reverse_kl", "adaptive_kl", "total_variation"
-    ] = "forward_kl"
+    divergence: DivergenceName = "forward_kl"
     """D of the formula."""
     skew: float = Field(0.1, ge=0, le=1)
     """The mixture of the skewed divergences."""

@@ -41,9 +41,19 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"merge_below": 0.5},
         {"denominator": "merged_chunk_count", "merge_below": 0.5},
     ],
+    "amid": [
+        {"side": "student", "alpha": -1.0, "teacher_weight": 0.9},
+        {"alpha": 1.0, "divergence": "reverse_kl", "temperature": 2.0},
+        {"alpha": 3.0, "preset": "amid@a963105"},
+        {"alpha": 0.999, "teacher_weight": 0.1},
+    ],
     "cross_entropy": [
         {"where": "teacher_right"},
         {"where": "teacher_wrong"},
+    ],
+    "csd": [
+        {"first_weight": "uniform", "temperature": 1.5},
+        {"first_weight": "teacher", "second_weight": "mixture", "teacher_share": 0.3},
     ],
     "dskd": [
         {"alignment": "attention"},
