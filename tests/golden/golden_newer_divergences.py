@@ -12,6 +12,7 @@ from golden_files import INDEPENDENT, Golden, Pair, configuration
 from kdzoo import ModelInfo, ModelPair
 from kdzoo_amid import AMiD
 from kdzoo_csd import CSD
+from kdzoo_f_divergences import FDivergence
 from kdzoo_taid import TAID
 from kdzoo_todi import ToDi
 
@@ -84,12 +85,18 @@ def csd_mix(golden: Golden) -> Iterator[Pair]:
     yield from compare(golden, {"kd": (CSD, params, HALF)})
 
 
+def jeffrey(golden: Golden) -> Iterator[Pair]:
+    configuration(golden, known=set())
+    yield from compare(golden, {"kd": (FDivergence, {"generator": "jeffreys"}, 1.0)})
+
+
 COVERED = {
     f"{INDEPENDENT}: compute_ToDi": todi,
     f"{INDEPENDENT}: TAID.compute_loss": taid_loss,
     f"{INDEPENDENT}: TAID.update_t": taid_update,
     f"{INDEPENDENT}: amid": amid,
     f"{INDEPENDENT}: csd": csd,
+    f"{INDEPENDENT}: jeffrey": jeffrey,
     f"{INDEPENDENT}: csd_weighting_function": csd_weighting,
     f"{INDEPENDENT}: CSD_TS_mix.forward": csd_mix,
 }

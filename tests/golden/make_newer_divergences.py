@@ -139,6 +139,12 @@ def csd(first: Array, second: Array) -> Objective:
     return lambda logits: (by * logits).sum(-1)
 
 
+def jeffrey(logits: Array) -> Array:
+    log_p, log_q = log_softmax(TEACHER), log_softmax(logits)
+    gap = np.exp(log_p) - np.exp(log_q)
+    return -(gap * log_q - gap * log_p).sum(-1)
+
+
 def main() -> None:
     source = "jungseongryong/ToDi@45f1f8bf"
     for tau in (1.0, 2.0):
@@ -165,6 +171,7 @@ def main() -> None:
         write_objective(f"amid_{div_name}_{div_order}_a{alpha:g}", source, "amid", configuration, objective)
 
     source = "aailab-kaist/CSD@c77a3a7d"
+    write_objective("jeffreys_csd", source, "jeffrey", {}, jeffrey)
     uniform, p = np.full_like(TEACHER, 1 / TEACHER.shape[-1]), np.exp(log_softmax(TEACHER))
     q = np.exp(log_softmax(STUDENT))
     tempered = np.exp(log_softmax(STUDENT / 1.5))

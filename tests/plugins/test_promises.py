@@ -70,6 +70,13 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"spaces": "teacher", "divergence": "reverse_kl"},
         {"top_vocabulary": 20},
     ],
+    "f_divergence": [
+        {"generator": "jeffreys", "temperature": 2.0},
+        {"generator": "le_cam"},
+        {"generator": "neyman", "max_ratio": 2.0},
+        {"generator": "pearson", "max_ratio": 2.0},
+        {"generator": "renyi", "order": 0.3},
+    ],
     "forward_kl": [
         {"temperature": 2.0, "square_temperature": True},
         {"teacher_temperature": 2.0},
