@@ -9,9 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from kdzoo import Logits, Loss, Needs, Params, Register, Terms, hookimpl, ops, visit
 
@@ -62,17 +60,6 @@ class ABKD(Loss):
         as in their code: another scale than the neighbours', and a negative one where that number is negative. Both
         KLs are the same in either."""
 
-        def powers(self) -> tuple[float, float, float]:
-            """α, β and α + β; what is almost 0 beside the largest of them is 0, and the third is the sum of the two."""
-            largest = max(abs(self.alpha), abs(self.beta), abs(self.alpha + self.beta))
-            if largest < ALMOST_0:
-                return 0.0, 0.0, 0.0
-            alpha, beta = (x if abs(x) >= ALMOST_0 * largest else 0.0 for x in (self.alpha, self.beta))
-            if abs(alpha + beta) < ALMOST_0 * largest:
-                half = (alpha - beta) / 2
-                return half, -half, 0.0
-            return alpha, beta, alpha + beta
-
     @classmethod
     def needs(cls, params, same_tokens):
         return Needs(tokenizers="same", divergence=params.constants == "limit")
@@ -80,10 +67,7 @@ class ABKD(Loss):
     @visit
     def tokens(self, student: Logits, teacher: Logits) -> Terms:
         log_p, log_q = teacher.logprobs(self.params.temperature), student.logprobs(self.params.temperature)
-        dtype = log_p.dtype
-        if 0 < max(abs(x) for x in self.params.powers()) < SMALL_POWER:
-            log_p, log_q = log_p.double(), log_q.double()
-        value = ops.closed_form(self.divergence, log_p, log_q).to(dtype)
+        value = ops.alpha_beta(log_p, log_q, self.params.alpha, self.params.beta)
         return Terms().add("abkd", value * self.authors_factor() if self.params.constants == "authors" else value)
 
     def authors_factor(self) -> float:
@@ -91,54 +75,6 @@ class ABKD(Loss):
         if alpha == 0:
             return beta or 1.0
         return alpha if beta == 0 or alpha + beta == 0 else 1.0
-
-    def divergence(self, log_p: Tensor, log_q: Tensor) -> ops.Closed:
-        """D per token, and its derivatives by log p and by log q.
-
-        With u = (q^(α+β) - p^α q^β) / α, which is the derivative by log q, w = (p^(α+β) - p^α q^β) / β, that by log p,
-        and v = (q^(α+β) - p^(α+β)) / (α+β), D is the sum of (u + w) / (α+β), which is (v + w) / α. u, v and w have
-        limits of their own, so that only the divisor outside must not be near 0.
-        """
-        alpha, beta, total = self.params.powers()
-        if (lowest := min(alpha, beta, total)) < 0:
-            floor = max(-ops.INFINITE_RATIO, LARGEST_LOG / lowest)
-            log_p, log_q = log_p.clamp_min(floor), log_q.clamp_min(floor)
-        ratio = (log_q - log_p).nan_to_num_(nan=0.0, posinf=ops.INFINITE_RATIO, neginf=-ops.INFINITE_RATIO)
-        of_p, of_q = times(log_p, total).exp(), times(log_q, total).exp()
-        of_both = (times(log_p, alpha) + times(log_q, beta)).exp()
-        u, w = difference(of_q, of_both, ratio, alpha), -difference(of_both, of_p, ratio, beta)
-        if not (alpha or beta):
-            terms = 0.5 * ratio.square()
-        elif abs(total) >= 0.5 * abs(alpha):
-            terms = (u + w) / total
-        else:
-            terms = (difference(of_q, of_p, ratio, total) + w) / alpha
-        return terms.sum(-1).clamp_min(0), lambda g: w * g, lambda g: u * g
-
-
-ALMOST_0 = 1e-6
-"""Powers this small, beside the largest of them or all, make less of a difference than float32 shows."""
-
-LARGEST_LOG = 60.0
-"""Of a probability's negative power; less likely tokens count as this, so that sums of them are finite."""
-
-SMALL_POWER = 0.01
-"""Where no power is larger, the formula is a difference of almost equal numbers and taken in float64."""
-
-
-def times(log_x: Tensor, power: float) -> Tensor:
-    """The logarithm of x^power; x^0 is 1, also at 0."""
-    return log_x * power if power else torch.zeros_like(log_x)
-
-
-def difference(x: Tensor, y: Tensor, ratio: Tensor, power: float) -> Tensor:
-    """(x - y) / power, where log x - log y is power * ratio. At power 0 that is x * ratio."""
-    if abs(power) >= 0.1:
-        return (x - y) / power
-    if not power:
-        return x * ratio
-    # From the larger of the two, so that nothing overflows.
-    return torch.expm1(-abs(power) * ratio.abs()).mul_(torch.maximum(x, y)).mul_(ratio.sign()) / -abs(power)
 
 
 @hookimpl

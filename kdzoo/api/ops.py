@@ -1,22 +1,36 @@
-"""Mathematics on tokens that more than one method uses. Plugins see this as `kdzoo.ops`.
-
-Divergences take log-probabilities [n, V] of teacher `log_p` and student `log_q` and return one value per token [n].
-Where p is 0 its terms are 0, also where log p is -inf.
-"""
+"""Mathematics on tokens that more than one method uses. Plugins see this as `kdzoo.ops`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kdzoo.api.batch import Side
-from kdzoo.api.plugin import Params
+from kdzoo.api.divergences import (
+    DIVERGENCES,
+    INFINITE_RATIO,
+    Closed,
+    DivergenceName,
+    DivergenceParams,
+    adaptive_kl,
+    alpha_beta,
+    closed_form,
+    forward_kl,
+    hellinger,
+    js,
+    log_ratio,
+    reverse_kl,
+    skew_forward_kl,
+    skew_reverse_kl,
+    smallest,
+    top_k_and_rest,
+    total_variation,
+)
 from kdzoo.api.selection import VerdictParams, among_largest, ranks_within
 from kdzoo.api.spans import (
     Spans,
@@ -51,217 +65,6 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def widened(x: Tensor) -> Tensor:
     """`x` in at least float32."""
     return x.to(at_least_float32(x.dtype))
-
-
-INFINITE_RATIO = 100.0
-"""What an infinite log-ratio counts as, in nats: that of a token which only one of two models excludes altogether.
-
-So divergences that would be infinite stay finite and say where to go. (Authors' code leaves such tokens out, which
-makes divergences negative.)
-"""
-
-Derivative = Callable[[Tensor], Tensor]
-"""From the gradient of a token's value [n, 1] to that of a log-probability [n, V]."""
-
-Closed = tuple[Tensor, Derivative, Derivative]
-"""Values per token [n], and their derivatives by the first and the second log-probability."""
-
-
-class _ClosedForm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, formula: Callable[[Tensor, Tensor], Closed], first: Tensor, second: Tensor) -> Tensor:
-        value, *derivatives = formula(first, second)
-        # Those that nobody asks for are dropped, with the tensors that they hold.
-        ctx.derivatives = [by if ctx.needs_input_grad[i] else None for i, by in enumerate(derivatives, start=1)]
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *(None if by is None else by(gradient[:, None]) for by in ctx.derivatives))
-
-
-def closed_form(formula: Callable[[Tensor, Tensor], Closed], log_p: Tensor, log_q: Tensor) -> Tensor:
-    """`formula(log_p, log_q)` per token [n], with the derivatives that it states in place of autograd's.
-
-    It saves passes over the vocabulary, and limits such as 0 log 0 have the gradient that the formula gives them.
-    """
-    return _ClosedForm.apply(formula, log_p, log_q)
-
-
-def _times_log_ratio(a: Tensor, log_a: Tensor, log_b: Tensor) -> Tensor:
-    """a (log a - log b): 0 where a is 0; see `INFINITE_RATIO`."""
-    return (log_a - log_b).nan_to_num_(nan=0.0, posinf=INFINITE_RATIO, neginf=0.0).mul_(a)
-
-
-def _smallest(like: Tensor) -> float:
-    return torch.finfo(like.dtype).tiny
-
-
-def _kl(log_a: Tensor, log_b: Tensor) -> Closed:
-    """sum_v a (log a - log b)"""
-    a = log_a.exp()
-    terms = _times_log_ratio(a, log_a, log_b)
-    return terms.sum(-1), lambda g: (terms + a).mul_(g), lambda g: a * -g
-
-
-def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) = sum_v p (log p - log q)."""
-    return closed_form(_kl, log_p, log_q)
-
-
-def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(q || p) = sum_v q (log q - log p)."""
-    return closed_form(_kl, log_q, log_p)
-
-
-def js(log_p: Tensor, log_q: Tensor, teacher_weight: float = 0.5) -> Tensor:
-    """w KL(p || m) + (1 - w) KL(q || m), m = w p + (1 - w) q, w the `teacher_weight`.
-
-    It is 0 at w = 0 and at w = 1, whatever p and q are; per w or 1 - w, its limits there are KL(p || q) and KL(q || p).
-    """
-
-    def formula(log_p: Tensor, log_q: Tensor) -> Closed:
-        p, q = log_p.exp(), log_q.exp()
-        log_m = torch.lerp(q, p, teacher_weight).clamp_min_(_smallest(p)).log_()
-        of_p = _times_log_ratio(p, log_p, log_m).mul_(teacher_weight)
-        of_q = _times_log_ratio(q, log_q, log_m).mul_(1 - teacher_weight)
-        # What m changes by cancels between the two terms.
-        return of_p.sum(-1) + of_q.sum(-1), lambda g: of_p * g, lambda g: of_q * g
-
-    return closed_form(formula, log_p, log_q)
-
-
-def skew_forward_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
-    """KL(p || skew * p + (1 - skew) * q)."""
-
-    def formula(log_p: Tensor, log_q: Tensor) -> Closed:
-        p, q = log_p.exp(), log_q.exp()
-        m = torch.lerp(q, p, skew).clamp_min_(_smallest(p))
-        by_q = (q / m).mul_(p).mul_(1 - skew)
-        terms = _times_log_ratio(p, log_p, m.log_())
-        return terms.sum(-1), lambda g: (terms + by_q).mul_(g), lambda g: by_q * -g
-
-    return closed_form(formula, log_p, log_q) if skew else forward_kl(log_p, log_q)
-
-
-def skew_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> Tensor:
-    """KL(q || (1 - skew) * p + skew * q)."""
-    return skew_forward_kl(log_q, log_p, skew)
-
-
-def adaptive_kl(
-    log_p: Tensor, log_q: Tensor, head_mass: float = 0.5, crossing: Literal["head", "tail"] = "head"
-) -> Tensor:
-    """(g_head KL(p || q) + g_tail KL(q || p)) / (g_head + g_tail), the weights without gradient.
-
-    The gaps g sum |p - q| over the teacher's likely tokens (head) and the others (tail). `crossing` says where the
-    token goes at which the cumulated probability passes `head_mass`. "head": counted from the least likely token up,
-    the tail holds at most `head_mass`. "tail": counted from the likeliest down, the head does (or is one token).
-    Equal weights where p = q.
-    """
-
-    head = _share_of_head(log_p.detach(), log_q.detach(), head_mass, crossing)[:, None].detach()
-
-    def formula(log_p: Tensor, log_q: Tensor) -> Closed:
-        p_share, q_share = log_p.exp() * head, log_q.exp() * (1 - head)
-        ratio = (log_p - log_q).nan_to_num_(nan=0.0, posinf=INFINITE_RATIO, neginf=-INFINITE_RATIO)
-        return (
-            ((p_share - q_share).mul_(ratio)).sum(-1),
-            lambda g: (ratio + 1).mul_(p_share).sub_(q_share).mul_(g),
-            lambda g: (1 - ratio).mul_(q_share).sub_(p_share).mul_(g),
-        )
-
-    return closed_form(formula, log_p, log_q)
-
-
-def _share_of_head(log_p: Tensor, log_q: Tensor, head_mass: float, crossing: Literal["head", "tail"]) -> Tensor:
-    """g_head / (g_head + g_tail) per token [n]."""
-    p, q = log_p.exp(), log_q.exp()
-    sorted_p, order = p.sort(-1, descending=crossing == "tail")
-    first = sorted_p.cumsum(-1) <= head_mass
-    first[:, :1] |= crossing == "tail"
-    gap = (sorted_p - q.gather(-1, order)).abs_()
-    g_first, g_both = gap.masked_fill(~first, 0).sum(-1), gap.sum(-1)
-    share = torch.where(g_both > 0, g_first / g_both.clamp_min(_smallest(p)), 0.5)
-    return share if crossing == "tail" else 1 - share
-
-
-def _total_variation(log_p: Tensor, log_q: Tensor) -> Closed:
-    p, q = log_p.exp(), log_q.exp()
-    larger = p - q
-    return (
-        0.5 * larger.abs().sum(-1),
-        lambda g: larger.sign().mul_(p).mul_(0.5 * g),
-        lambda g: larger.sign().mul_(q).mul_(-0.5 * g),
-    )
-
-
-def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """1/2 sum_v |p - q|."""
-    return closed_form(_total_variation, log_p, log_q)
-
-
-def hellinger(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """sqrt(1/2 sum_v (sqrt p - sqrt q)^2), between 0 and 1; a distance, whose gradient is infinite at p = q."""
-    return ((log_p / 2).exp() - (log_q / 2).exp()).square().sum(-1).mul(0.5).sqrt()
-
-
-def top_k_and_rest(
-    log_p: Tensor, log_q: Tensor, k: int, rest: Literal["one_token", "dropped"]
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [n, k + 1] of the teacher's `k` likeliest tokens, and of all others as one token.
-
-    "dropped": the teacher's own others have probability 0, and its k likeliest are divided by their sum. For every
-    divergence that is a sum over tokens this is what it is on [n, V], since where p is 0 it is linear in q.
-    """
-    if k >= log_p.shape[-1]:
-        return log_p, log_q
-    top_p, where = log_p.topk(k, dim=-1)
-    top_q = log_q.gather(-1, where)
-
-    def others(log_x: Tensor) -> Tensor:
-        # Summed up themselves: one less the sum of the likeliest would be rounding where that is almost one.
-        return log_x.exp().scatter(-1, where, 0.0).sum(-1, keepdim=True).clamp_min(_smallest(log_x)).log()
-
-    if rest == "dropped":
-        top_p = top_p - top_p.logsumexp(-1, keepdim=True)
-        rest_p = torch.full_like(top_p[:, :1], -torch.inf)
-    else:
-        rest_p = others(log_p)
-    return torch.cat([top_p, rest_p], -1), torch.cat([top_q, others(log_q)], -1)
-
-
-DIVERGENCES: dict[str, Callable[..., Tensor]] = {
-    "forward_kl": forward_kl,
-    "reverse_kl": reverse_kl,
-    "js": js,
-    "skew_forward_kl": skew_forward_kl,
-    "skew_reverse_kl": skew_reverse_kl,
-    "adaptive_kl": adaptive_kl,
-    "total_variation": total_variation,
-}
-
-
-class DivergenceParams(Params):
-    """Parameters of a method that leaves its divergence open, for its own to inherit."""
-
-    divergence: Literal[
-        "forward_kl", "reverse_kl", "js", "skew_forward_kl", "skew_reverse_kl", "adaptive_kl", "total_variation"
-    ] = "forward_kl"
-    """D of the formula."""
-    skew: float = Field(0.1, ge=0, le=1)
-    """The mixture of the skewed divergences."""
-    head_mass: float = Field(0.5, gt=0, lt=1)
-    """Where adaptive_kl splits the teacher's distribution into head and tail."""
-
-    def measure(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """The chosen divergence per token [n]."""
-        options = {
-            "skew_forward_kl": {"skew": self.skew},
-            "skew_reverse_kl": {"skew": self.skew},
-            "adaptive_kl": {"head_mass": self.head_mass},
-        }
-        return DIVERGENCES[self.divergence](log_p, log_q, **options.get(self.divergence, {}))
 
 
 LikelihoodDifference = Literal[
@@ -357,7 +160,7 @@ def standardised(logits: Tensor, temperature: float = 1.0, epsilon: float = 1e-4
     count = kept.sum(-1, keepdim=True)
     mean = logits.sum(-1, keepdim=True) / count.clamp_min(1)
     square = ((logits - mean) * kept).square().sum(-1, keepdim=True)
-    deviation = (square / (count - 1).clamp_min(1)).clamp_min(_smallest(logits)).sqrt()
+    deviation = (square / (count - 1).clamp_min(1)).clamp_min(smallest(logits)).sqrt()
     return (logits / (temperature * (deviation + epsilon))).masked_fill(excluded, -math.inf)
 
 
@@ -369,7 +172,7 @@ def sinkhorn(p: Tensor, q: Tensor, in_p: Tensor, in_q: Tensor, regularisation: f
     """
     cost = torch.cdist(p, q, p=1.0)
     kernel = torch.exp(-cost / regularisation) * (in_p[:, :, None] & in_q[:, None, :])
-    tiny = _smallest(kernel)
+    tiny = smallest(kernel)
     rows = of_rows = in_p[:, :, None].to(kernel.dtype)
     columns = of_columns = in_q[:, :, None].to(kernel.dtype)
     for _ in range(iterations):
@@ -430,11 +233,13 @@ __all__ = [
     "INFINITE_RATIO",
     "LIKELIHOOD_DIFFERENCES",
     "Closed",
+    "DivergenceName",
     "DivergenceParams",
     "LikelihoodDifference",
     "Spans",
     "VerdictParams",
     "adaptive_kl",
+    "alpha_beta",
     "among_largest",
     "at_least_float32",
     "attend",
@@ -450,6 +255,7 @@ __all__ = [
     "is_followed",
     "is_top",
     "js",
+    "log_ratio",
     "pad_tokens",
     "places_within",
     "product_of_heads",

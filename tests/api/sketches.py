@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from pydantic import Field
 from torch import nn
 
 from kdzoo import Logits, Loss, Needs, Params, Step, Terms, ops, visit
@@ -73,28 +71,4 @@ class OnSharedEntries(Loss):
         return Terms().add("kl", ops.forward_kl(log_p, log_q), per="tokens" if self.pair.same_tokens else "pairs")
 
 
-class Interpolating(Loss):
-    """A state that moves over the steps and is in every checkpoint: a target between student and teacher."""
-
-    name, paper, formula = "interpolating", "Shing et al., TAID, ICLR 2025", "L = 1/N sum_i KL(sg(m_i) || q_i)"
-
-    class Params(Params):
-        pace: float = Field(0.1, gt=0)
-
-    @classmethod
-    def needs(cls, params: Any, same_tokens: bool) -> Needs:
-        return Needs(tokenizers="same")
-
-    def build(self, student: Any, teacher: Any, artifacts: Any) -> None:
-        self.register_buffer("share", torch.tensor(0.4))
-
-    @visit
-    def tokens(self, student: Logits, teacher: Logits) -> Terms:
-        between = torch.lerp(student.logits.detach(), teacher.logits, self.share.to(teacher.logits.dtype))
-        return Terms().add("kl", ops.forward_kl(between.log_softmax(-1), student.logprobs()))
-
-    def after_step(self, terms: Any, progress: float) -> None:
-        self.share.add_(self.params.pace * terms["kl"]).clamp_(min=progress, max=1.0)
-
-
-SKETCHES = (BetweenBlocks, WeighedByDoubt, OnSharedEntries, Interpolating)
+SKETCHES = (BetweenBlocks, WeighedByDoubt, OnSharedEntries)

@@ -11,6 +11,7 @@ import golden_divergences
 import golden_dskd
 import golden_dskd_v2
 import golden_multilevel_ot
+import golden_newer_divergences
 import golden_residual
 import golden_uld
 import pytest
@@ -22,6 +23,7 @@ COVERED: dict[str, Callable[[Golden], Iterator[Pair]]] = {
     **golden_dskd.COVERED,
     **golden_dskd_v2.COVERED,
     **golden_multilevel_ot.COVERED,
+    **golden_newer_divergences.COVERED,
     **golden_residual.COVERED,
     **golden_uld.COVERED,
 }

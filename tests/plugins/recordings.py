@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdzoo import Logits, ModelInfo, ModelPair
-from kdzoo.testing import Recorded, Replay
+from kdzoo import Logits, Loss, ModelInfo, ModelPair
+from kdzoo.testing import Recorded, Replay, replay
 
 S, D = 5, 6  # widths of student and teacher
 V, W = 9, 11  # their vocabularies with two tokenizers; with one, both have V
@@ -134,3 +135,18 @@ def make_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
 def nll(logits: Tensor, labels: Tensor) -> Tensor:
     """[rows]"""
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def of_logits(loss: type[Loss], teacher: Tensor, student: Tensor, **params: Any) -> Replay:
+    """A loss of logits [n, V] of one sequence, every row scored, in chunks of a row or two."""
+    labels = torch.zeros(1, len(teacher), dtype=torch.long)
+    sides = (Recorded(labels, logits=x[None]) for x in (student, teacher))
+    return replay({"kd": (loss, params, 1.0)}, *sides, same_tokens=True, chunk_bytes=100)
+
+
+def visited(loss: type[Loss], teacher: Tensor, student: Tensor, **params: Any) -> tuple[Tensor, Tensor]:
+    """The values [n] of a loss of one term, and the gradient of their sum by the student's logits [n, V]."""
+    student = student.detach().requires_grad_()
+    made = loss(loss.Params.model_validate(params), make_pair(teacher.shape[-1], teacher.shape[-1]), {})
+    ((value, _),) = made.tokens(**seen(teacher=teacher, student=student)).values.values()
+    return value.detach(), torch.autograd.grad(value.sum(), student)[0]

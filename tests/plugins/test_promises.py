@@ -41,9 +41,19 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"merge_below": 0.5},
         {"denominator": "merged_chunk_count", "merge_below": 0.5},
     ],
+    "amid": [
+        {"side": "student", "alpha": -1.0, "teacher_weight": 0.9},
+        {"alpha": 1.0, "divergence": "reverse_kl", "temperature": 2.0},
+        {"alpha": 3.0, "preset": "amid@a963105"},
+        {"alpha": 0.999, "teacher_weight": 0.1},
+    ],
     "cross_entropy": [
         {"where": "teacher_right"},
         {"where": "teacher_wrong"},
+    ],
+    "csd": [
+        {"first_weight": "uniform", "temperature": 1.5},
+        {"first_weight": "teacher", "second_weight": "mixture", "teacher_share": 0.3},
     ],
     "dskd": [
         {"alignment": "attention"},
@@ -59,6 +69,13 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"spaces": "student"},
         {"spaces": "teacher", "divergence": "reverse_kl"},
         {"top_vocabulary": 20},
+    ],
+    "f_divergence": [
+        {"generator": "jeffreys", "temperature": 2.0},
+        {"generator": "le_cam"},
+        {"generator": "neyman", "max_ratio": 2.0},
+        {"generator": "pearson", "max_ratio": 2.0},
+        {"generator": "renyi", "order": 0.3},
     ],
     "forward_kl": [
         {"temperature": 2.0, "square_temperature": True},
@@ -102,6 +119,12 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "reverse_kl": [{"temperature": 2.0}],
     "skew_forward_kl": [{"skew": 0.0}, {"skew": 0.5}],
     "skew_reverse_kl": [{"skew": 0.0}],
+    "taid": [
+        {"temperature": 2.0},
+        {"subtract_entropy": False, "t_start": 0.2},
+        {"adaptive": False, "t_start": 0.0},
+    ],
+    "todi": [{"temperature": 2.0, "beta": 0.3}],
     "total_variation": [
         {"temperature": 2.0},
     ],
