@@ -148,5 +148,6 @@ def visited(loss: type[Loss], teacher: Tensor, student: Tensor, **params: Any) -
     """The values [n] of a loss of one term, and the gradient of their sum by the student's logits [n, V]."""
     student = student.detach().requires_grad_()
     made = loss(loss.Params.model_validate(params), make_pair(teacher.shape[-1], teacher.shape[-1]), {})
-    ((value, _),) = made.tokens(**seen(teacher=teacher, student=student)).values.values()
+    (term,) = made.tokens(**seen(teacher=teacher, student=student)).values.values()
+    value = term.value
     return value.detach(), torch.autograd.grad(value.sum(), student)[0]

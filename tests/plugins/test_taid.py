@@ -55,7 +55,8 @@ def test_at_t_1_it_is_the_forward_kl_to_the_bit(dtype, tau):
     follow(loss, [1.0, 0.9])
     assert loss.t == 1.0
     z.requires_grad_()
-    ((value, _),) = loss.tokens(**seen(teacher=y, student=z)).values.values()
+    (term,) = loss.tokens(**seen(teacher=y, student=z)).values.values()
+    value = term.value
     ours = value.detach(), torch.autograd.grad(value.sum(), z)[0]
     for mine, theirs in zip(ours, visited(ForwardKL, y, z, temperature=tau), strict=True):
         assert torch.equal(mine, theirs)
