@@ -203,8 +203,19 @@ class Loss(nn.Module, Plugin):
 
     @classmethod
     def needs(cls, params: Any, same_tokens: bool) -> Needs:
-        """What is read, for these parameters, with one tokenizer or two. Pure and cheap."""
+        """What is read, for these parameters, with one tokenizer or two. Pure and cheap.
+
+        A site that follows from the models' sizes is named `hidden.<block>` here, and by its number in `needs_of`.
+        """
         return Needs()
+
+    @classmethod
+    def needs_of(cls, params: Any, pair: ModelPair) -> Needs:
+        """`needs`, with what follows from the sizes of both models. Asked before anything is trained.
+
+        What these models do not have is a `RecipeError` that begins with the parameter: "pairs: the student has ...".
+        """
+        return cls.needs(params, pair.same_tokens)
 
     @classmethod
     def reads_statistics(cls) -> bool:

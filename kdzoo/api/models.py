@@ -72,6 +72,9 @@ class ModelPair:
     ids_in_student: Tensor | None = None
     """[W] the student's token with the text of each teacher token, -1 where it has none. None without both models."""
 
+    def of(self, role: Role) -> ModelInfo:
+        return self.student if role == "student" else self.teacher
+
     @property
     def student_ids(self) -> Tensor:
         """[W] the student's token with the text of each teacher token, -1 where it has none."""

@@ -19,10 +19,11 @@ from kdzoo.data.tokenizer import student_ids, vocabulary
 from kdzoo.engine.distributed import added_up
 from kdzoo.engine.frozen import gather
 from kdzoo.engine.loading import DTYPES
-from kdzoo.errors import RecipeError
+from kdzoo.errors import KdzooError, RecipeError
 from kdzoo.recipe.model import LossSlot
 from kdzoo.run.context import ModelRole, RunContext, shared_entries, sizes
 from kdzoo.run.inputs import Artifacts, StageInputs, deal
+from kdzoo.step.capture import block_of
 from kdzoo.step.distiller import start_from_heads, start_from_statistics, statistics, teacher_sites
 from kdzoo.step.loss_term import LossTerm
 
@@ -73,26 +74,52 @@ class ResolvedLosses:
         return {term.name: term.entry for term in self.terms}
 
 
-def resolve_losses(context: RunContext, losses: Mapping[str, LossSlot]) -> ResolvedLosses:
-    """The terms of a stage, by their names in the recipe."""
-    return ResolvedLosses(tuple(_resolve(context, name, entry) for name, entry in losses.items()))
+def resolve_losses(
+    context: RunContext, losses: Mapping[str, LossSlot], pair: ModelPair, address: str
+) -> ResolvedLosses:
+    """The terms of a stage that has the models of `pair`, by their names in the recipe, where they are at `address`."""
+    return ResolvedLosses(tuple(_resolve(context, name, entry, pair, address) for name, entry in losses.items()))
 
 
-def _resolve(context: RunContext, name: str, entry: LossSlot) -> ResolvedLoss:
+def _resolve(context: RunContext, name: str, entry: LossSlot, pair: ModelPair, address: str) -> ResolvedLoss:
     loss = context.registry.of(Loss)[entry.use]
     params = loss.Params.model_validate(entry.params)
     fusion = None if entry.fuse is None else context.fusions.get(entry.fuse)
     state = OWN_STATE if fusion is None else f"fused.{entry.fuse}"
+    needs = _needs(loss, params, pair, f"{address}.{name}")
     return ResolvedLoss(
         name,
         entry,
         loss,
         params,
-        needs=loss.needs(params, context.same_tokens),
+        needs=needs,
         fused=fusion is not None,
         state=state,
         prediction=state if fusion is not None and fusion.params.judge == "fused" else OWN_STATE,
     )
+
+
+def _needs(loss: type[Loss], params: Any, pair: ModelPair, address: str) -> Needs:
+    """What the loss reads of these models; blocks that one of them does not have are refused."""
+    try:
+        needs = loss.needs_of(params, pair)
+    except RecipeError as error:  # a parameter asks for what these models do not have
+        raise RecipeError(f"{address}.params.{error}") from error
+    except KdzooError as error:  # it reads a model that the stage does not have
+        raise RecipeError(f"{address}: {error}") from error
+    declared: dict[Role, frozenset[str]] = {"student": needs.student, "teacher": needs.teacher}
+    for role, sites in declared.items():
+        for site in sorted(sites):
+            block, model = block_of(site), pair.of(role)
+            if block is None or isinstance(model, AbsentModel):
+                continue
+            layers = model.layers
+            if not -layers <= block < layers:
+                raise RecipeError(
+                    f"{address}: '{loss.name}' reads the {role}'s site '{site}', and the {role} has {layers} blocks, "
+                    "counted from 0 or from the end; name another block"
+                )
+    return needs
 
 
 def check_tokenizers(context: RunContext, losses: ResolvedLosses) -> None:
@@ -131,7 +158,7 @@ def models_of(context: RunContext, losses: ResolvedLosses, inputs: StageInputs) 
     if inputs.student_folder is None:
         return ModelPair(AbsentModel("student"), teacher or AbsentModel("teacher"), context.same_tokens), None
     assert inputs.student is not None
-    student = _described(sizes(inputs.student_folder, context), inputs.student, asked)
+    student = _described(sizes(inputs.student_folder, context.registry.model_adapters), inputs.student, asked)
     if teacher is None:
         return ModelPair(student, AbsentModel("teacher"), context.same_tokens), None
     entries = shared_entries(context, student.vocab_size, teacher.vocab_size)

@@ -97,6 +97,12 @@ def capture(
     return found
 
 
+def block_of(site: str) -> int | None:
+    """The number of the block that a site is of, counted from 0 or from the end; None where its name has none."""
+    part = site.partition("@")[0].partition(".")[2]
+    return int(part) if part.lstrip("-").isdigit() else None
+
+
 @dataclass(frozen=True)
 class _Site:
     """A site's name, taken apart."""

@@ -110,7 +110,7 @@ def replay(
     terms = []
     for slot, (loss, given, _) in losses.items():
         params = valid_params(f"replay: the params of '{slot}'", loss, given)
-        needs = loss.needs(params, same_tokens)
+        needs = loss.needs_of(params, pair)
         _check(slot, needs, tensors, states, same_tokens)
         kept = loss if only is None else _with_only(loss, slot, only)
         with default_dtype(dtype):  # so that frozen artifacts keep the recording's precision
