@@ -247,8 +247,16 @@ class Loss(nn.Module, Plugin):
         `artifacts` hold the state of the stages named in needs; `self.params` and `self.pair` are there.
         """
 
+    @property
+    def statistics_of(self) -> frozenset[Role]:
+        """Which models' sites `statistics` reads: the teacher's, unless a loss says otherwise; none: it is not called.
+
+        With the student's, its untrained weights are loaded once more for that time.
+        """
+        return frozenset({"teacher"}) if self.reads_statistics() else frozenset()
+
     def statistics(self, step: Step) -> Mapping[str, Tensor]:
-        """Sums over this batch's teacher tokens, added up over training rows and ranks before the first step."""
+        """Sums over this batch's tokens, added up over training rows and ranks before the first step."""
         return {}
 
     def start_from_statistics(self, sums: Mapping[str, Tensor]) -> None:

@@ -16,15 +16,23 @@ from kdzoo.api.head import Head
 from kdzoo.api.loss import Loss, Needs
 from kdzoo.api.models import AbsentModel, ModelInfo, ModelPair, Role
 from kdzoo.data.tokenizer import student_ids, vocabulary
+from kdzoo.engine.close import release
 from kdzoo.engine.distributed import added_up
-from kdzoo.engine.frozen import gather
+from kdzoo.engine.frozen import FrozenModel, gather
 from kdzoo.engine.loading import DTYPES
 from kdzoo.errors import KdzooError, RecipeError
 from kdzoo.recipe.model import LossSlot
-from kdzoo.run.context import ModelRole, RunContext, shared_entries, sizes
+from kdzoo.run.context import ModelRole, RunContext, Weights, open_frozen, shared_entries, sizes
 from kdzoo.run.inputs import Artifacts, StageInputs, deal
 from kdzoo.step.capture import block_of
-from kdzoo.step.distiller import start_from_heads, start_from_statistics, statistics, teacher_sites
+from kdzoo.step.distiller import (
+    start_from_heads,
+    start_from_statistics,
+    statistics,
+    statistics_of,
+    student_sites,
+    teacher_sites,
+)
 from kdzoo.step.loss_term import LossTerm
 
 STATISTICS_ROWS = 1024
@@ -175,16 +183,26 @@ def _described(info: ModelInfo, role: ModelRole, asked: bool) -> ModelInfo:
 
 
 def start_losses(
-    terms: Sequence[LossTerm], inputs: StageInputs, micro_batch: int, heads: Mapping[Role, Head], device: torch.device
+    context: RunContext, terms: Sequence[LossTerm], inputs: StageInputs, micro_batch: int, heads: Mapping[Role, Head]
 ) -> None:
     """Show losses what they start from, before anything is sharded or trained: training rows, then the heads."""
-    if any(term.loss.reads_statistics() for term in terms):
-        start_from_statistics(terms, added_up(_statistics(terms, inputs, micro_batch, device), device))
+    if seen := statistics_of(terms):
+        student = None
+        if "student" in seen:
+            # In an engine of its own, as the teacher is: the weights that train are not whole before theirs is there.
+            assert inputs.student_folder is not None
+            student = open_frozen(context, Weights(inputs.student_folder), always_sharded=True)
+        sums = _statistics(terms, inputs, student, micro_batch, context.device)
+        start_from_statistics(terms, added_up(sums, context.device))
+        if student is not None:
+            student.close()
+            del student
+            release()
     start_from_heads(terms, heads, gather)
 
 
 def _statistics(
-    terms: Sequence[LossTerm], inputs: StageInputs, micro_batch: int, device: torch.device
+    terms: Sequence[LossTerm], inputs: StageInputs, student: FrozenModel | None, micro_batch: int, device: torch.device
 ) -> dict[tuple[str, str], Tensor]:
     """Of this rank: sums over its share of the first training rows, by loss term and name."""
     assert inputs.teacher is not None
@@ -193,6 +211,10 @@ def _statistics(
         batch = inputs.corpus.batches[indices].to(device)
         assert batch.teacher is not None
         sites = inputs.teacher.sites(batch.teacher, teacher_sites(terms))
-        for key, value in statistics(terms, batch, sites).items():
+        ours: dict[str, Tensor] = {}
+        if student is not None:
+            assert batch.student is not None
+            ours = student.sites(batch.student, student_sites(terms))
+        for key, value in statistics(terms, batch, ours, sites).items():
             totals[key] = totals[key] + value if key in totals else value
     return totals

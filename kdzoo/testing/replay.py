@@ -48,11 +48,16 @@ class Recorded:
     attention_mask: Any = None
     """[B, T], 1 on real tokens. Default: all are."""
     vocabulary: Vocabulary | None = None
+    sites: Mapping[str, Any] = field(default_factory=dict)
+    """[B, T, width] of blocks, by site: "hidden.0", say. A loss may read them at all positions, too."""
+    layers: int = 1
+    """How many blocks the model has."""
 
 
 @dataclass
 class Replay:
-    """What came out. Gradients are of `loss`: `student_hidden`, `student_head`, and `<slot>.<parameter>`."""
+    """What came out. Gradients are of `loss`: `student_hidden`, `student_head`, `student_<site>` of the recorded sites,
+    and `<slot>.<parameter>`."""
 
     loss: Tensor
     terms: dict[str, Tensor]
@@ -119,7 +124,7 @@ def replay(
     of_student = tensors["student"].sites(terms) if "student" in tensors else {}
     of_teacher = {k: v.detach() for k, v in tensors["teacher"].sites(terms).items()} if "teacher" in tensors else {}
     heads: dict[Role, Head] = {name: Head(found.head) for name, found in tensors.items()}
-    start_from_statistics(terms, statistics(terms, batch, of_teacher))
+    start_from_statistics(terms, statistics(terms, batch, of_student, of_teacher))
     start_from_heads(terms, heads)
     start = {name: parameter.detach().clone() for name, parameter in _trainable(distiller).items()}
     _set_weights(distiller, weights or {}, dtype)
@@ -153,6 +158,7 @@ def replay(
         leaves: dict[str, Tensor] = {n.removeprefix("losses."): p for n, p in distiller.named_parameters()}
         if "student" in tensors:
             leaves |= {"student_hidden": tensors["student"].hidden, "student_head": tensors["student"].head}
+            leaves |= {f"student_{site}": value for site, value in tensors["student"].of_blocks.items()}
         result.gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return result
 
@@ -182,6 +188,9 @@ class _Tensors:
             )
         self.hidden = states.clone().requires_grad_(trains)
         self.head = nn.Parameter(head.clone(), requires_grad=trains and recorded.hidden is not None)
+        self.of_blocks = {
+            site: torch.as_tensor(value).clone().requires_grad_(trains) for site, value in recorded.sites.items()
+        }
         self.embed = None if recorded.embed is None else torch.as_tensor(recorded.embed)
         self.ids_recorded = recorded.input_ids is not None
         scored = labels != -100
@@ -196,12 +205,16 @@ class _Tensors:
             sample=position // labels.shape[1],
             span=_spans(recorded.chunks, position),
         )
-        self.info = ModelInfo(states.shape[-1], self.head.shape[0], 1, "recorded", recorded.vocabulary)
+        sizes = states.shape[-1], self.head.shape[0], recorded.layers
+        self.info = ModelInfo(*sizes, "recorded", recorded.vocabulary)
 
     def sites(self, terms: list[LossTerm]) -> dict[str, Tensor]:
         wanted = {"hidden.last"}.union(*(_sites(term.needs, self.model) for term in terms)) - {HEAD_WEIGHT}
         every = self.hidden.flatten(0, 1)
         found = {"hidden.last": every[self.side.positions], "hidden.last@all": every}
+        for site, value in self.of_blocks.items():
+            every = value.flatten(0, 1)
+            found |= {site: every[self.side.positions], f"{site}@all": every}
         if self.embed is not None:
             found["embed.target"] = self.embed[self.side.labels]
             found["embed.zero"] = self.embed[:1]

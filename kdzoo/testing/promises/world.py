@@ -21,7 +21,15 @@ from kdzoo.errors import KdzooError
 from kdzoo.plugin.registry import Registry, load_plugins
 from kdzoo.step.capture import capture
 from kdzoo.step.chunks import CHUNK_BYTES
-from kdzoo.step.distiller import Distiller, start_from_heads, start_from_statistics, statistics, teacher_sites
+from kdzoo.step.distiller import (
+    Distiller,
+    start_from_heads,
+    start_from_statistics,
+    statistics,
+    statistics_of,
+    student_sites,
+    teacher_sites,
+)
 from kdzoo.step.inputs import PassInputs
 from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report
@@ -33,6 +41,8 @@ SLOT = "loss"
 FIVE_TOKENS = ((4, 3, 3), (2, 2, 2))
 """A sequence is (prompt, student response, teacher response), in tokens."""
 LENGTHS = ((4, 5, 4), (3, 2, 3), (5, 6, 5), (2, 1, 1))
+TRAINING_ROWS = LENGTHS * 4
+"""What statistics are taken of: more tokens than a state has features."""
 STUDENT_VOCABULARY, TEACHER_VOCABULARY = 61, 53
 """With one tokenizer, both have the student's."""
 
@@ -211,9 +221,8 @@ class World:
         with default_dtype(torch.float64):  # so that frozen artifacts keep their precision
             loss = self.subject.loss(self.subject.params, pair, artifacts).double()
         term = LossTerm.of(name, loss)
-        if loss.reads_statistics():
-            batch = self.batch()
-            start_from_statistics([term], statistics([term], batch, self.teacher_sites([term], batch)))
+        if loss.statistics_of:
+            start_from_statistics([term], self.statistics([term], self.batch(TRAINING_ROWS)))
         start_from_heads([term], self.heads)
         return term
 
@@ -234,6 +243,15 @@ class World:
     def heads(self) -> dict[Role, Head]:
         heads: dict[Role, Head] = {"teacher": self.model_adapters[1].head(self.teacher)}
         return heads | ({"student": self.model_adapters[0].head(self.student)} if self.has_student else {})
+
+    def statistics(self, terms: Sequence[LossTerm], batch: Batch) -> dict[tuple[str, str], Tensor]:
+        """What the losses start from."""
+        student: dict[str, Tensor] = {}
+        if "student" in statistics_of(terms):
+            assert batch.student is not None
+            with torch.no_grad():
+                student = capture(self.student, self.model_adapters[0], batch.student, student_sites(terms))
+        return statistics(terms, batch, student, self.teacher_sites(terms, batch))
 
     def teacher_sites(self, terms: Sequence[LossTerm], batch: Batch) -> dict[str, Tensor]:
         assert batch.teacher is not None
