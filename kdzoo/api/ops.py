@@ -16,15 +16,18 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kdzoo.api.batch import Side
+from kdzoo.api.blocks import Block, BlockParams
 from kdzoo.api.plugin import Params
 from kdzoo.api.spans import (
     Spans,
+    by_text,
     entries_by_student,
     groups_by_position,
     groups_by_text,
     is_followed,
     shared_entries,
 )
+from kdzoo.api.states import best_linear, linear_cka, regression_sums
 from kdzoo.api.view import pad_tokens, places_within, unpad_tokens
 
 
@@ -423,6 +426,8 @@ __all__ = [
     "DIVERGENCES",
     "INFINITE_RATIO",
     "LIKELIHOOD_DIFFERENCES",
+    "Block",
+    "BlockParams",
     "Closed",
     "DivergenceParams",
     "LikelihoodDifference",
@@ -430,6 +435,8 @@ __all__ = [
     "adaptive_kl",
     "at_least_float32",
     "attend",
+    "best_linear",
+    "by_text",
     "closed_form",
     "cross_entropy",
     "entries_by_student",
@@ -441,10 +448,12 @@ __all__ = [
     "is_followed",
     "is_top",
     "js",
+    "linear_cka",
     "pad_tokens",
     "places_within",
     "product_of_heads",
     "projector_between_heads",
+    "regression_sums",
     "reverse_kl",
     "sequence_mean",
     "sequence_std",

@@ -6,36 +6,8 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from torch import nn
 
-from kdzoo import Logits, Loss, Needs, Params, Step, Terms, ops, visit
-
-
-class BetweenBlocks(Loss):
-    """States of chosen blocks, through a projector where widths differ; pairs of tokens where tokenizers do."""
-
-    name, paper, formula = "between_blocks", "Romero et al., FitNets, ICLR 2015", "L = 1/P sum_i |W h_i - t_i|^2 / D"
-
-    class Params(Params):
-        student_block: int = 0
-        teacher_block: int = -1
-
-    @classmethod
-    def needs(cls, params: Any, same_tokens: bool) -> Needs:
-        student, teacher = f"hidden.{params.student_block}", f"hidden.{params.teacher_block}"
-        return Needs(student=frozenset({student}), teacher=frozenset({teacher}), aligned=not same_tokens)
-
-    def build(self, student: Any, teacher: Any, artifacts: Any) -> None:
-        self.projector = nn.Linear(student.width, teacher.width)
-
-    def finish(self, step: Step) -> Terms:
-        projected = self.projector(step.student[f"hidden.{self.params.student_block}"])
-        target = step.teacher[f"hidden.{self.params.teacher_block}"]
-        if not self.pair.same_tokens:
-            ours, theirs = step.batch.pairs.unbind(1)
-            projected, target = projected[ours], target[theirs]
-        error = ops.widened(projected - target).square().mean(-1)
-        return Terms().add("error", error, per="tokens" if self.pair.same_tokens else "pairs")
+from kdzoo import Logits, Loss, Needs, Params, Terms, ops, visit
 
 
 class WeighedByDoubt(Loss):
@@ -97,4 +69,4 @@ class Interpolating(Loss):
         self.share.add_(self.params.pace * terms["kl"]).clamp_(max=1.0)
 
 
-SKETCHES = (BetweenBlocks, WeighedByDoubt, OnSharedEntries, Interpolating)
+SKETCHES = (WeighedByDoubt, OnSharedEntries, Interpolating)

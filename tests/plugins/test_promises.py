@@ -67,6 +67,13 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"top_k": 5},
         {"top_k": 5, "rest": "dropped"},
     ],
+    "hidden": [
+        {"pairs": [[0, 1], [-1, "last"]], "distance": "cosine"},
+        {"pairs": "uniform", "distance": "relative_mse", "start": "least_squares"},
+        {"pairs": "uniform", "every": 2, "distance": "relative_mse"},
+        {"distance": "cka"},
+        {"projector": "always", "distance": "cka"},
+    ],
     "js": [{"teacher_weight": 0.0}, {"teacher_weight": 1.0}, {"teacher_weight": 0.1}],
     "multilevel_ot": [
         {"matching": "rank"},
@@ -129,6 +136,7 @@ KINDS = {
     "scans": "multilevel_ot",
     "packings and facts": "residual",
     "packings in groups": "uld",
+    "sites of both models": "hidden",
     "the teacher alone": "projectors",
 }
 """A loss for each kind of visit and stream."""
