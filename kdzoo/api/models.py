@@ -25,6 +25,22 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """The attention heads of every block."""
+
+    query: int
+    key_value: int
+    """How many heads keys and values have: as many, or fewer, each of which serves a group of query heads."""
+    size: int
+    """The width of one head."""
+
+    @property
+    def width(self) -> int:
+        """Of the queries of all heads, side by side."""
+        return self.query * self.size
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """Sizes of one model."""
 
@@ -35,6 +51,8 @@ class ModelInfo:
     model_type: str
     known_vocabulary: Vocabulary | None = None
     """Where the loss's needs say `vocabularies`."""
+    heads: Heads | None = None
+    """None where its model adapter names no attention."""
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -18,6 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from kdzoo.api.batch import Side
 from kdzoo.api.blocks import Block, BlockParams
 from kdzoo.api.plugin import Params
+from kdzoo.api.relations import (
+    Relation,
+    RelationDistance,
+    attention_of,
+    means_of_sequences,
+    relation_distance,
+    relation_of,
+)
 from kdzoo.api.spans import (
     Spans,
     by_text,
@@ -431,10 +439,13 @@ __all__ = [
     "Closed",
     "DivergenceParams",
     "LikelihoodDifference",
+    "Relation",
+    "RelationDistance",
     "Spans",
     "adaptive_kl",
     "at_least_float32",
     "attend",
+    "attention_of",
     "best_linear",
     "by_text",
     "closed_form",
@@ -449,11 +460,14 @@ __all__ = [
     "is_top",
     "js",
     "linear_cka",
+    "means_of_sequences",
     "pad_tokens",
     "places_within",
     "product_of_heads",
     "projector_between_heads",
     "regression_sums",
+    "relation_distance",
+    "relation_of",
     "reverse_kl",
     "sequence_mean",
     "sequence_std",

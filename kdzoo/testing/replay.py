@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kdzoo.api.batch import Batch, Side
 from kdzoo.api.head import HEAD_WEIGHT, Head
 from kdzoo.api.loss import Loss, Needs, Visited
-from kdzoo.api.models import AbsentModel, ModelInfo, ModelPair, Role, Vocabulary
+from kdzoo.api.models import AbsentModel, Heads, ModelInfo, ModelPair, Role, Vocabulary
 from kdzoo.api.plugin import Params
 from kdzoo.api.terms import Terms
 from kdzoo.errors import KdzooError, did_you_mean
@@ -52,6 +52,8 @@ class Recorded:
     """[B, T, width] of blocks, by site: "hidden.0", say. A loss may read them at all positions, too."""
     layers: int = 1
     """How many blocks the model has."""
+    heads: Heads | None = None
+    """Its attention heads, where a loss reads queries, keys or values."""
 
 
 @dataclass
@@ -206,7 +208,7 @@ class _Tensors:
             span=_spans(recorded.chunks, position),
         )
         sizes = states.shape[-1], self.head.shape[0], recorded.layers
-        self.info = ModelInfo(*sizes, "recorded", recorded.vocabulary)
+        self.info = ModelInfo(*sizes, "recorded", recorded.vocabulary, recorded.heads)
 
     def sites(self, terms: list[LossTerm]) -> dict[str, Tensor]:
         wanted = {"hidden.last"}.union(*(_sites(term.needs, self.model) for term in terms)) - {HEAD_WEIGHT}

@@ -172,7 +172,9 @@ class World:
         model_adapter = self.model_adapters[which]
         vocabulary, width = model_adapter.head(model).weight.shape
         words = Vocabulary(tuple(texts), frozenset({0}), 0) if self.needs.vocabularies else None
-        return ModelInfo(width, vocabulary, len(model_adapter.blocks(model)), self._families[which], words)
+        layers, attention = len(model_adapter.blocks(model)), model_adapter.attention(model, 0)
+        heads = None if attention is None else attention.heads
+        return ModelInfo(width, vocabulary, layers, self._families[which], words, heads)
 
     def batch(self, lengths: Sequence[tuple[int, int, int]] = LENGTHS, seed: int = 0) -> Batch:
         """Sequences of random tokens, about half of which the teacher predicts; none: the stand-in of a rank without
