@@ -41,6 +41,13 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"merge_below": 0.5},
         {"denominator": "merged_chunk_count", "merge_below": 0.5},
     ],
+    "attention_relations": [
+        {"relations": {"attention": 2.0, "value": 0.5}, "pairs": "uniform"},
+        {"rows": "all", "causal": False, "heads": 8},
+        {"rows": "all", "relations": {"attention": 1.0}},
+        {"distance": "mse", "relations": {"attention": 1.0}},
+        {"distance": "mse_of_softmax", "pairs": [[0, 1], [1, 0]]},
+    ],
     "cross_entropy": [
         {"where": "teacher_right"},
         {"where": "teacher_wrong"},
@@ -137,6 +144,7 @@ KINDS = {
     "packings and facts": "residual",
     "packings in groups": "uld",
     "sites of both models": "hidden",
+    "every position of blocks": "attention_relations",
     "the teacher alone": "projectors",
 }
 """A loss for each kind of visit and stream."""
