@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdzoo import Head, Mixture, ModelAdapter, Register, hookimpl
+from kdzoo import Attention, Head, Heads, Mixture, ModelAdapter, Projection, Register, hookimpl
 
 
 class Llama(ModelAdapter):
@@ -32,6 +32,13 @@ class Llama(ModelAdapter):
 
     def head(self, model: Any) -> Head:
         return Head(model.lm_head.weight)
+
+    def attention(self, model: Any, block: int) -> Attention:
+        config, module = model.config, model.model.layers[block].self_attn
+        projections = (Projection(made) for made in (module.q_proj, module.k_proj, module.v_proj))
+        return Attention(
+            module, *projections, Heads(config.num_attention_heads, config.num_key_value_heads, module.head_dim)
+        )
 
     def block_prefix(self) -> str:
         return "model.layers."
@@ -131,6 +138,12 @@ class GPT2(ModelAdapter):
 
     def head(self, model: Any) -> Head:
         return Head(model.lm_head.weight)
+
+    def attention(self, model: Any, block: int) -> Attention:
+        module = model.transformer.h[block].attn
+        n, width = module.num_heads, module.embed_dim
+        thirds = (Projection(module.c_attn, width * i, width * (i + 1)) for i in range(3))
+        return Attention(module, *thirds, Heads(n, n, module.head_dim))
 
     def block_prefix(self) -> str:
         return "transformer.h."

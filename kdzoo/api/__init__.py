@@ -11,8 +11,8 @@ from kdzoo.api.fusion import Experts, Fusion, FusionParams
 from kdzoo.api.head import Head
 from kdzoo.api.hooks import hookimpl
 from kdzoo.api.loss import Loss, Needs, Stream, visit
-from kdzoo.api.model_adapter import Mixture, ModelAdapter
-from kdzoo.api.models import ModelInfo, ModelPair, Role, Vocabulary
+from kdzoo.api.model_adapter import Attention, Mixture, ModelAdapter, Projection
+from kdzoo.api.models import Heads, ModelInfo, ModelPair, Role, Vocabulary
 from kdzoo.api.plugin import NoParams, Params, Register
 from kdzoo.api.step import Step
 from kdzoo.api.terms import Terms
@@ -24,12 +24,14 @@ from kdzoo.errors import DataError, KdzooError, ModelError, PluginError, RecipeE
 __all__ = [
     "Aligner",
     "Alignment",
+    "Attention",
     "Batch",
     "DataError",
     "Experts",
     "Fusion",
     "FusionParams",
     "Head",
+    "Heads",
     "KdzooError",
     "Logits",
     "Loss",
@@ -42,6 +44,7 @@ __all__ = [
     "NoParams",
     "Params",
     "PluginError",
+    "Projection",
     "RecipeError",
     "Reduction",
     "Register",

@@ -206,8 +206,19 @@ class Loss(nn.Module, Plugin):
 
     @classmethod
     def needs(cls, params: Any, same_tokens: bool) -> Needs:
-        """What is read, for these parameters, with one tokenizer or two. Pure and cheap."""
+        """What is read, for these parameters, with one tokenizer or two. Pure and cheap.
+
+        A site that follows from the models' sizes is named `hidden.<block>` here, and by its number in `needs_of`.
+        """
         return Needs()
+
+    @classmethod
+    def needs_of(cls, params: Any, pair: ModelPair) -> Needs:
+        """`needs`, with what follows from the sizes of both models. Asked before anything is trained.
+
+        What these models do not have is a `RecipeError` that begins with the parameter: "pairs: the student has ...".
+        """
+        return cls.needs(params, pair.same_tokens)
 
     @classmethod
     def reads_statistics(cls) -> bool:
@@ -239,8 +250,16 @@ class Loss(nn.Module, Plugin):
         `artifacts` hold the state of the stages named in needs; `self.params` and `self.pair` are there.
         """
 
+    @property
+    def statistics_of(self) -> frozenset[Role]:
+        """Which models' sites `statistics` reads: the teacher's, unless a loss says otherwise; none: it is not called.
+
+        With the student's, its untrained weights are loaded once more for that time.
+        """
+        return frozenset({"teacher"}) if self.reads_statistics() else frozenset()
+
     def statistics(self, step: Step) -> Mapping[str, Tensor]:
-        """Sums over this batch's teacher tokens, added up over training rows and ranks before the first step."""
+        """Sums over this batch's tokens, added up over training rows and ranks before the first step."""
         return {}
 
     def start_from_statistics(self, sums: Mapping[str, Tensor]) -> None:

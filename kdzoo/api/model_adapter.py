@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from kdzoo.api.head import Head
+from kdzoo.api.models import Heads
 from kdzoo.api.plugin import Plugin, is_text
 
 
@@ -27,6 +28,32 @@ class Mixture:
     """[n, D], which [n, K], weights [n, K] -> their weighted sum [n, D]."""
     shared: Callable[[Tensor], Tensor] | None = None
     """[n, D] -> [n, D]: what the block adds whatever the router says."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A linear module that makes queries, keys or values [B, T, width] of states; or all of them, side by side."""
+
+    module: nn.Module
+    start: int = 0
+    stop: int | None = None
+    """Which of its outputs: all, by default."""
+
+    def of(self, output: Tensor) -> Tensor:
+        """Its part of what the module returns."""
+        return output[..., self.start : self.stop]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The parts of a block's self-attention."""
+
+    module: nn.Module
+    """Calls the attention function of Transformers, with queries and keys as they are compared."""
+    query: Projection
+    key: Projection
+    value: Projection
+    heads: Heads
 
 
 class ModelAdapter(Plugin):
@@ -73,6 +100,10 @@ class ModelAdapter(Plugin):
 
     def mixture(self, model: nn.Module, block: int) -> Mixture | None:
         """The experts of block `block`, counted from 0; None where it is dense."""
+        return None
+
+    def attention(self, model: nn.Module, block: int) -> Attention | None:
+        """The attention of block `block`, counted from 0; None: losses that read it are refused for this family."""
         return None
 
     @abstractmethod

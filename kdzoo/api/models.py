@@ -25,6 +25,22 @@ class Vocabulary:
 
 
 @dataclass(frozen=True)
+class Heads:
+    """The attention heads of every block."""
+
+    query: int
+    key_value: int
+    """How many heads keys and values have: as many, or fewer, each of which serves a group of query heads."""
+    size: int
+    """The width of one head."""
+
+    @property
+    def width(self) -> int:
+        """Of the queries of all heads, side by side."""
+        return self.query * self.size
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """Sizes of one model."""
 
@@ -35,6 +51,8 @@ class ModelInfo:
     model_type: str
     known_vocabulary: Vocabulary | None = None
     """Where the loss's needs say `vocabularies`."""
+    heads: Heads | None = None
+    """None where its model adapter names no attention."""
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -71,6 +89,9 @@ class ModelPair:
     """Whether both tokenizers are one (decided by their tokens)."""
     ids_in_student: Tensor | None = None
     """[W] the student's token with the text of each teacher token, -1 where it has none. None without both models."""
+
+    def of(self, role: Role) -> ModelInfo:
+        return self.student if role == "student" else self.teacher
 
     @property
     def student_ids(self) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kdzoo.api.batch import Side
+from kdzoo.api.blocks import Block, BlockParams
 from kdzoo.api.divergences import (
     DIVERGENCES,
     INFINITE_RATIO,
@@ -31,15 +32,25 @@ from kdzoo.api.divergences import (
     top_k_and_rest,
     total_variation,
 )
+from kdzoo.api.relations import (
+    Relation,
+    RelationDistance,
+    attention_of,
+    means_of_sequences,
+    relation_distance,
+    relation_of,
+)
 from kdzoo.api.selection import VerdictParams, among_largest, ranks_within
 from kdzoo.api.spans import (
     Spans,
+    by_text,
     entries_by_student,
     groups_by_position,
     groups_by_text,
     is_followed,
     shared_entries,
 )
+from kdzoo.api.states import best_linear, linear_cka, regression_sums
 from kdzoo.api.view import pad_tokens, places_within, unpad_tokens
 
 
@@ -232,10 +243,14 @@ __all__ = [
     "DIVERGENCES",
     "INFINITE_RATIO",
     "LIKELIHOOD_DIFFERENCES",
+    "Block",
+    "BlockParams",
     "Closed",
     "DivergenceName",
     "DivergenceParams",
     "LikelihoodDifference",
+    "Relation",
+    "RelationDistance",
     "Spans",
     "VerdictParams",
     "adaptive_kl",
@@ -243,6 +258,9 @@ __all__ = [
     "among_largest",
     "at_least_float32",
     "attend",
+    "attention_of",
+    "best_linear",
+    "by_text",
     "closed_form",
     "cross_entropy",
     "entries_by_student",
@@ -255,12 +273,17 @@ __all__ = [
     "is_followed",
     "is_top",
     "js",
+    "linear_cka",
     "log_ratio",
+    "means_of_sequences",
     "pad_tokens",
     "places_within",
     "product_of_heads",
     "projector_between_heads",
     "ranks_within",
+    "regression_sums",
+    "relation_distance",
+    "relation_of",
     "reverse_kl",
     "sequence_mean",
     "sequence_std",

@@ -76,6 +76,13 @@ class Spans:
         """Values of tokens [n], added up over each span [K]."""
         return values.new_zeros(len(self.held) + 1).index_add(0, self.of[model], values)[:-1]
 
+    def mean(self, model: str, values: Tensor) -> Tensor:
+        """The mean over each span's tokens [K, ...] of values [n, ...]; 0 without a span."""
+        of, places = self.of[model], len(self.held)
+        total = values.new_zeros((places + 1, *values.shape[1:])).index_add(0, of, values)[:-1]
+        count = of.bincount(minlength=places + 1)[:-1].clamp_min(1)
+        return total / count.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+
     def last(self, model: str, values: Tensor) -> Tensor:
         """The value [n] of each span's last token [K]; 0 without a span."""
         of = self.of[model]
@@ -93,6 +100,16 @@ class Spans:
         to = torch.where(final, place, places).flip(0).cummin(0).values.flip(0)
         to = torch.cat([to, to.new_full((1,), places)])
         return Spans({model: to[of] for model, of in self.of.items()}, final)
+
+
+def by_text(student: Side, teacher: Side, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Values x [N, ...] of the student's tokens and y [M, ...] of the teacher's where both say the same text.
+
+    Means over the tokens of each aligned span [K, ...], and the span's sequence [K], -1 where there is no span.
+    """
+    spans = Spans.aligned({"student": student, "teacher": teacher})
+    sample = torch.where(spans.held, spans.last("teacher", teacher.sample), -1)
+    return spans.mean("student", x), spans.mean("teacher", y), sample
 
 
 def entries_by_student(student_ids: Tensor, left_out: int | None = None) -> tuple[Tensor, Tensor]:

@@ -116,9 +116,10 @@ class Comparison:
             first = cells[0].loaded
             context = open_context(first.recipe, load_plugins(first.plugin_files), torch.device("cpu"))
             for cell in cells:
+                own = replace(context, recipe=cell.loaded.recipe)
+                losses = resolve_losses(own, cell.loaded.recipe.losses, own.models, "losses")
                 try:
-                    own = replace(context, recipe=cell.loaded.recipe)
-                    check_tokenizers(own, resolve_losses(own, cell.loaded.recipe.losses))
+                    check_tokenizers(own, losses)
                 except RecipeError:
                     self.left_out.setdefault(pair, {})[cell.recipe] = TWO_TOKENIZERS
 

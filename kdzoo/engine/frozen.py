@@ -90,4 +90,7 @@ def model_info(model: PreTrainedModel, model_adapter: ModelAdapter) -> ModelInfo
     """Sizes, from the configuration and the (possibly partitioned) head."""
     weight = model_adapter.head(model).weight
     vocabulary, width = whole_shape(weight)
-    return ModelInfo(int(width), int(vocabulary), len(model_adapter.blocks(model)), model.config.model_type)
+    attention = model_adapter.attention(model, 0)
+    heads = None if attention is None else attention.heads
+    layers = len(model_adapter.blocks(model))
+    return ModelInfo(int(width), int(vocabulary), layers, model.config.model_type, heads=heads)

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from kdzoo.api.aligner import Aligner
 from kdzoo.api.fusion import Fusion
-from kdzoo.api.models import ModelInfo
+from kdzoo.api.model_adapter import ModelAdapter
+from kdzoo.api.models import ModelInfo, ModelPair
 from kdzoo.data.encode import Encoder
 from kdzoo.data.tokenizer import load_tokenizer, same_tokens
 from kdzoo.engine.config import check_zero, frozen_config
@@ -57,10 +58,16 @@ class RunContext:
     device: torch.device
     teacher: ModelRole
     student: ModelRole
-    same_tokens: bool
+    models: ModelPair
+    """Their sizes, from their configurations."""
     aligner: Aligner
     fusions: Mapping[str, Fusion]
     """The recipe's; none where the teacher is no mixture of experts."""
+
+    @property
+    def same_tokens(self) -> bool:
+        """Whether both tokenizers are one."""
+        return self.models.same_tokens
 
     def with_teacher_in(self, folder: Path) -> RunContext:
         """The same once the teacher has been trained into `folder`: a student that is cut from it is cut anew."""
@@ -93,17 +100,6 @@ def open_context(recipe: Recipe, registry: Registry, device: torch.device) -> Ru
         )
     teacher_role = ModelRole("teacher", teacher, _encoder(recipe, teacher, "teacher"), recipe.teacher.lora)
     student_role = ModelRole("student", student, _encoder(recipe, student, "student"), recipe.student.lora)
-    aligner = registry.of(Aligner)[recipe.align.use]
-    context = RunContext(
-        recipe,
-        registry,
-        device,
-        teacher_role,
-        student_role,
-        same_tokens(teacher_role.encoder.tokenizer, student_role.encoder.tokenizer),
-        aligner(aligner.Params.model_validate(recipe.align.params)),
-        open_fusions(recipe, registry, teacher.folder),
-    )
     for role in (teacher_role, student_role):
         config = AutoConfig.from_pretrained(role.model.folder)
         if config.model_type not in registry.model_adapters:
@@ -115,7 +111,21 @@ def open_context(recipe: Recipe, registry: Registry, device: torch.device) -> Ru
             check_lora(config, role.lora, registry, f"{role.name}.lora")
         if recipe.evaluation.sets:
             require_positions(config, recipe.data.max_prompt_length, recipe.evaluation.max_new_tokens)
-    return context
+    aligner = registry.of(Aligner)[recipe.align.use]
+    return RunContext(
+        recipe,
+        registry,
+        device,
+        teacher_role,
+        student_role,
+        ModelPair(
+            sizes(student.folder, registry.model_adapters),
+            sizes(teacher.folder, registry.model_adapters),
+            same_tokens(teacher_role.encoder.tokenizer, student_role.encoder.tokenizer),
+        ),
+        aligner(aligner.Params.model_validate(recipe.align.params)),
+        open_fusions(recipe, registry, teacher.folder),
+    )
 
 
 def _encoder(recipe: Recipe, model: LocalModel, role: str) -> Encoder:
@@ -156,12 +166,12 @@ def open_fusions(recipe: Recipe, registry: Registry, teacher: Path) -> dict[str,
     return fusions
 
 
-def sizes(folder: Path, context: RunContext) -> ModelInfo:
+def sizes(folder: Path, model_adapters: Mapping[str, ModelAdapter]) -> ModelInfo:
     """Sizes of the model in `folder`, from its configuration alone."""
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    return model_info(model, context.registry.model_adapters[config.model_type])
+    return model_info(model, model_adapters[config.model_type])
 
 
 def shared_entries(context: RunContext, student: int, teacher: int) -> int | None:

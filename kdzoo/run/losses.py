@@ -17,14 +17,23 @@ from kdzoo.api.loss import Loss, Needs
 from kdzoo.api.models import AbsentModel, ModelInfo, ModelPair, Role
 from kdzoo.api.token_weights import TokenNeeds, TokenWeights
 from kdzoo.data.tokenizer import student_ids, vocabulary
+from kdzoo.engine.close import release
 from kdzoo.engine.distributed import added_up
-from kdzoo.engine.frozen import gather
+from kdzoo.engine.frozen import FrozenModel, gather
 from kdzoo.engine.loading import DTYPES
-from kdzoo.errors import PluginError, RecipeError
+from kdzoo.errors import KdzooError, PluginError, RecipeError
 from kdzoo.recipe.model import LossSlot, Plugged
-from kdzoo.run.context import ModelRole, RunContext, shared_entries, sizes
+from kdzoo.run.context import ModelRole, RunContext, Weights, open_frozen, shared_entries, sizes
 from kdzoo.run.inputs import Artifacts, StageInputs, deal
-from kdzoo.step.distiller import start_from_heads, start_from_statistics, statistics, teacher_sites
+from kdzoo.step.capture import block_of
+from kdzoo.step.distiller import (
+    start_from_heads,
+    start_from_statistics,
+    statistics,
+    statistics_of,
+    student_sites,
+    teacher_sites,
+)
 from kdzoo.step.loss_term import LossTerm
 
 STATISTICS_ROWS = 1024
@@ -109,22 +118,25 @@ class ResolvedLosses:
         return {term.name: term.entry for term in self.terms}
 
 
-def resolve_losses(context: RunContext, losses: Mapping[str, LossSlot]) -> ResolvedLosses:
-    """The terms of a stage, by their names in the recipe."""
-    return ResolvedLosses(tuple(_resolve(context, name, entry) for name, entry in losses.items()))
+def resolve_losses(
+    context: RunContext, losses: Mapping[str, LossSlot], pair: ModelPair, address: str
+) -> ResolvedLosses:
+    """The terms of a stage that has the models of `pair`, by their names in the recipe, where they are at `address`."""
+    return ResolvedLosses(tuple(_resolve(context, name, entry, pair, address) for name, entry in losses.items()))
 
 
-def _resolve(context: RunContext, name: str, entry: LossSlot) -> ResolvedLoss:
+def _resolve(context: RunContext, name: str, entry: LossSlot, pair: ModelPair, address: str) -> ResolvedLoss:
     loss = context.registry.of(Loss)[entry.use]
     params = loss.Params.model_validate(entry.params)
     fusion = None if entry.fuse is None else context.fusions.get(entry.fuse)
     state = OWN_STATE if fusion is None else f"fused.{entry.fuse}"
+    needs = _needs(loss, params, pair, f"{address}.{name}")
     return ResolvedLoss(
         name,
         entry,
         loss,
         params,
-        needs=loss.needs(params, context.same_tokens),
+        needs=needs,
         fused=fusion is not None,
         state=state,
         prediction=state if fusion is not None and fusion.params.judge == "fused" else OWN_STATE,
@@ -140,6 +152,29 @@ def _resolve_weights(context: RunContext, name: str) -> ResolvedWeights:
     if unknown := needs.unknown_fact():
         raise PluginError(f"token_weights.{name}: {unknown}; correct 'needs' of '{entry.use}'")
     return ResolvedWeights(name, entry, weights, params, needs)
+
+
+def _needs(loss: type[Loss], params: Any, pair: ModelPair, address: str) -> Needs:
+    """What the loss reads of these models; blocks that one of them does not have are refused."""
+    try:
+        needs = loss.needs_of(params, pair)
+    except RecipeError as error:  # a parameter asks for what these models do not have
+        raise RecipeError(f"{address}.params.{error}") from error
+    except KdzooError as error:  # it reads a model that the stage does not have
+        raise RecipeError(f"{address}: {error}") from error
+    declared: dict[Role, frozenset[str]] = {"student": needs.student, "teacher": needs.teacher}
+    for role, sites in declared.items():
+        for site in sorted(sites):
+            block, model = block_of(site), pair.of(role)
+            if block is None or isinstance(model, AbsentModel):
+                continue
+            layers = model.layers
+            if not -layers <= block < layers:
+                raise RecipeError(
+                    f"{address}: '{loss.name}' reads the {role}'s site '{site}', and the {role} has {layers} blocks, "
+                    "counted from 0 or from the end; name another block"
+                )
+    return needs
 
 
 def check_tokenizers(context: RunContext, losses: ResolvedLosses) -> None:
@@ -195,7 +230,7 @@ def models_of(context: RunContext, losses: ResolvedLosses, inputs: StageInputs) 
     if inputs.student_folder is None:
         return ModelPair(AbsentModel("student"), teacher or AbsentModel("teacher"), context.same_tokens), None
     assert inputs.student is not None
-    student = _described(sizes(inputs.student_folder, context), inputs.student, asked)
+    student = _described(sizes(inputs.student_folder, context.registry.model_adapters), inputs.student, asked)
     if teacher is None:
         return ModelPair(student, AbsentModel("teacher"), context.same_tokens), None
     entries = shared_entries(context, student.vocab_size, teacher.vocab_size)
@@ -212,16 +247,26 @@ def _described(info: ModelInfo, role: ModelRole, asked: bool) -> ModelInfo:
 
 
 def start_losses(
-    terms: Sequence[LossTerm], inputs: StageInputs, micro_batch: int, heads: Mapping[Role, Head], device: torch.device
+    context: RunContext, terms: Sequence[LossTerm], inputs: StageInputs, micro_batch: int, heads: Mapping[Role, Head]
 ) -> None:
     """Show losses what they start from, before anything is sharded or trained: training rows, then the heads."""
-    if any(term.loss.reads_statistics() for term in terms):
-        start_from_statistics(terms, added_up(_statistics(terms, inputs, micro_batch, device), device))
+    if seen := statistics_of(terms):
+        student = None
+        if "student" in seen:
+            # In an engine of its own, as the teacher is: the weights that train are not whole before theirs is there.
+            assert inputs.student_folder is not None
+            student = open_frozen(context, Weights(inputs.student_folder), always_sharded=True)
+        sums = _statistics(terms, inputs, student, micro_batch, context.device)
+        start_from_statistics(terms, added_up(sums, context.device))
+        if student is not None:
+            student.close()
+            del student
+            release()
     start_from_heads(terms, heads, gather)
 
 
 def _statistics(
-    terms: Sequence[LossTerm], inputs: StageInputs, micro_batch: int, device: torch.device
+    terms: Sequence[LossTerm], inputs: StageInputs, student: FrozenModel | None, micro_batch: int, device: torch.device
 ) -> dict[tuple[str, str], Tensor]:
     """Of this rank: sums over its share of the first training rows, by loss term and name."""
     assert inputs.teacher is not None
@@ -230,6 +275,10 @@ def _statistics(
         batch = inputs.corpus.batches[indices].to(device)
         assert batch.teacher is not None
         sites = inputs.teacher.sites(batch.teacher, teacher_sites(terms))
-        for key, value in statistics(terms, batch, sites).items():
+        ours: dict[str, Tensor] = {}
+        if student is not None:
+            assert batch.student is not None
+            ours = student.sites(batch.student, student_sites(terms))
+        for key, value in statistics(terms, batch, ours, sites).items():
             totals[key] = totals[key] + value if key in totals else value
     return totals

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from kdzoo.run import messages
-from kdzoo.run.context import RunContext, experts, shared_entries, sizes
+from kdzoo.run.context import RunContext, experts, shared_entries
 from kdzoo.run.inputs import Corpus, aligned_shares
 from kdzoo.run.losses import ResolvedLosses
 
@@ -24,7 +24,7 @@ def _of_rows(context: RunContext, losses: ResolvedLosses, corpus: Corpus) -> Ite
         yield messages.two_tokenizers(rows, shares.spans, shares.pairs, context.recipe.align.use, readers)
         return
     yield messages.one_tokenizer(rows)
-    student, teacher = (sizes(role.model.folder, context).vocab_size for role in (context.student, context.teacher))
+    student, teacher = context.models.student.vocab_size, context.models.teacher.vocab_size
     if (entries := shared_entries(context, student, teacher)) is not None:
         yield messages.padded_heads(student, teacher, entries)
 

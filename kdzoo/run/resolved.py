@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kdzoo.api.models import AbsentModel, ModelPair
 from kdzoo.errors import RecipeError
 from kdzoo.recipe.model import LossSlot, Stage
 from kdzoo.run.context import RunContext
@@ -48,12 +49,18 @@ class ResolvedRecipe:
 def resolve_recipe(context: RunContext) -> ResolvedRecipe:
     """Raises RecipeError and DataError: whatever is wrong with losses and rows shows before anything is trained."""
     recipe = context.recipe
-    distill = resolve_losses(context, recipe.losses)
+    models = context.models
+    distill = resolve_losses(context, recipe.losses, models, "losses")
     check_tokenizers(context, distill)
     alone = {name: _losses_alone(context, name, recipe.stages[name]) for name in ALONE if name in recipe.stages}
     artifacts = {
         term.name: {
-            name: resolve_losses(context, {name: _artifact_entry(context, name, insists, term.entry.fuse)})
+            name: resolve_losses(
+                context,
+                {name: _artifact_entry(context, name, insists, term.entry.fuse)},
+                ModelPair(AbsentModel("student"), models.teacher, models.same_tokens),
+                "stages",
+            )
             for name, insists in term.needs.artifacts.items()
         }
         for term in distill
@@ -101,7 +108,9 @@ def _losses_alone(context: RunContext, name: str, stage: Stage) -> ResolvedLosse
     """The terms of a stage that trains one model alone; one that reads a teacher is refused."""
     if not stage.losses:
         raise RecipeError(f"stages.{name}: has no 'losses'; say what it trains on")
-    losses = resolve_losses(context, stage.losses)
+    model = context.models.of("teacher" if name == "teacher" else "student")
+    pair = ModelPair(model, AbsentModel("teacher"), context.same_tokens)
+    losses = resolve_losses(context, stage.losses, pair, f"stages.{name}.losses")
     for term in losses:
         if term.reads_teacher:
             raise RecipeError(

@@ -77,7 +77,7 @@ def build_engine(
     if module is not None and model_adapter is not None:
         heads["student"] = model_adapter.head(module)
     heads = {name: replace(head, entries=entries) for name, head in heads.items()}
-    start_losses(terms, inputs, schedule.micro_batch, heads, context.device)
+    start_losses(context, terms, inputs, schedule.micro_batch, heads)
     distiller = build_distiller(module, model_adapter, heads.get("student"), terms, stage.balance)
     entries_of = resolved.losses.entries
     head = heads.get("teacher")

@@ -3,13 +3,19 @@
 Sites: `hidden.last` (after the final norm: what the head reads), `hidden.<k>` (output of block k), `embed.input` and
 `embed.target` (the table's entry of the token at each position, of the one it predicts), `embed.zero` (of token 0,
 [1, width]). Of a block that mixes experts: `experts.<k>` or `experts.last` (every expert's own output, [N, experts,
-width]), `router.<k>` (the router's logits, [N, experts]), and `fused.<slot>` (what a fusion makes of them). With
-`@all`, the same at every position, prompt and padding included ([B * T, ...]); embeddings have no such form.
+width]), `router.<k>` (the router's logits, [N, experts]), and `fused.<slot>` (what a fusion makes of them).
+
+Of a block's attention: `query.<k>`, `key.<k>` and `value.<k>` (what its projections make, [N, heads x size]), and
+`attention_query.<k>` and `attention_key.<k>` (what attention compares, [N, query heads x size]: normalised and rotated
+where the family does, each key once for every query head of its group, and queries times the block's scale, so that
+their products head by head are the scores). `last` is the last block.
+
+With `@all`, the same at every position, prompt and padding included ([B * T, ...]); embeddings have no such form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +27,12 @@ from torch import Tensor, nn
 
 from kdzoo.api.batch import Side
 from kdzoo.api.fusion import Experts, Fusion
-from kdzoo.api.model_adapter import Mixture, ModelAdapter
+from kdzoo.api.model_adapter import Attention, Mixture, ModelAdapter, Projection
 from kdzoo.errors import KdzooError
+from kdzoo.transformers_private import attention_heard
 
+OF_ATTENTION = ("query", "key", "value", "attention_query", "attention_key")
+"""Kinds of sites."""
 NO_FUSIONS: Mapping[str, Fusion] = MappingProxyType({})
 
 
@@ -46,8 +55,14 @@ def capture(
         if site.kind == "hidden" and site.block is not None
     }
     mixed = {site: _mixed_block(site, fusions, count) for site in wanted if site.of_experts}
+    attended = {
+        site: _place(-1 if site.block is None else site.block, count, site.name)
+        for site in wanted
+        if site.kind in OF_ATTENTION
+    }
     outputs: dict[int, Tensor] = {}
     mixtures: dict[int, _Mixed] = {}
+    attentions: dict[int, _Attended] = {}
     with ExitStack() as hooks:
         for index in set(blocks.values()):
             handle = adapter.blocks(model)[index].register_forward_hook(partial(_keep_output, outputs, index))
@@ -60,6 +75,15 @@ def capture(
             everywhere = any(site.everywhere for site, block in mixed.items() if block == index)
             mixtures[index] = _Mixed(mixture, None if everywhere else side.positions)
             mixtures[index].listen(hooks)
+        for index in set(attended.values()):
+            parts = adapter.attention(model, index)
+            if parts is None:
+                name = next(site.name for site, block in attended.items() if block == index)
+                raise KdzooError(f"site '{name}': the model adapter of this family names no attention; add it there")
+            attentions[index] = _Attended(parts, {site.kind for site, block in attended.items() if block == index})
+            attentions[index].listen(hooks)
+        if attentions:
+            hooks.enter_context(attention_heard(model, partial(_hear, list(attentions.values()))))
         fused: dict[str, Tensor] = {}
         norm = adapter.norm(model)
 
@@ -80,6 +104,9 @@ def capture(
         if site.kind == "hidden":
             every = (outputs[blocks[site]] if site in blocks else last).flatten(0, 1)
             found[site.name] = every if site.everywhere else every[side.positions]
+        elif site.kind in OF_ATTENTION:
+            every = attentions[attended[site]].site(site.kind)
+            found[site.name] = every if site.everywhere else every[side.positions]
         elif site.kind == "embed":
             ids = {"input": side.inputs, "target": side.labels, "zero": side.positions.new_zeros(1)}
             found[site.name] = adapter.embedding(model)(ids[site.part]) / adapter.embed_scale(model)
@@ -95,6 +122,12 @@ def capture(
                 experts = mix.experts(positions)
                 found[site.name] = experts.outputs if site.kind == "experts" else experts.logits
     return found
+
+
+def block_of(site: str) -> int | None:
+    """The number of the block that a site is of, counted from 0 or from the end; None where its name has none."""
+    part = site.partition("@")[0].partition(".")[2]
+    return int(part) if part.lstrip("-").isdigit() else None
 
 
 @dataclass(frozen=True)
@@ -117,11 +150,12 @@ class _Site:
             "router": by_block,
             "embed": part in ("input", "target", "zero") and not everywhere,
             "fused": bool(part),
+            **dict.fromkeys(OF_ATTENTION, by_block),
         }
         if not known.get(kind, False) or everywhere not in ("", "all"):
             raise KdzooError(
                 f"site '{name}': no such site; there are hidden.last, hidden.<block>, embed.input, embed.target, "
-                "experts.<block>, router.<block>, fused.<slot>"
+                f"experts.<block>, router.<block>, fused.<slot>, {'.<block>, '.join(OF_ATTENTION)}.<block>"
             )
         return cls(name, kind, part, bool(everywhere))
 
@@ -154,6 +188,58 @@ def _keep_output(
 ) -> None:
     # With gradient checkpointing the hook fires again in the backward pass: the first output is the one in use.
     outputs.setdefault(index, output if isinstance(output, Tensor) else output[0])
+
+
+class _Attended:
+    """The attention of one block while the model runs: only what passes by is kept, so that nothing is computed inside
+    the block, which gradient checkpointing runs again without us."""
+
+    def __init__(self, parts: Attention, kinds: Set[str]) -> None:
+        self.parts = parts
+        self._kinds = kinds
+        self._projected: dict[nn.Module, Tensor] = {}
+        self._compared: tuple[Tensor, Tensor, float] | None = None
+
+    @property
+    def _projections(self) -> dict[str, Projection]:
+        return {"query": self.parts.query, "key": self.parts.key, "value": self.parts.value}
+
+    def listen(self, hooks: ExitStack) -> None:
+        for module in {self._projections[kind].module for kind in self._kinds & self._projections.keys()}:
+            hooks.callback(module.register_forward_hook(self._keep).remove)
+
+    def _keep(self, module: nn.Module, _args: object, output: Tensor) -> None:
+        self._projected.setdefault(module, output)
+
+    def hear(self, query: Tensor, key: Tensor, given: Mapping[str, Any]) -> None:
+        """`query` [B, heads, T, size], `key` [B, key/value heads, T, size] as attention compares them."""
+        window = given.get("sliding_window")
+        if self._kinds & {"attention_query", "attention_key"} and window is not None and query.shape[2] > window:
+            raise KdzooError(
+                f"site 'attention_query': a block of the model sees a window of {window} tokens, and a sequence has "
+                f"{query.shape[2]}; set data.max_length to {window}, or name a block that sees all"
+            )
+        scale = given.get("scaling")
+        self._compared = query, key, query.shape[-1] ** -0.5 if scale is None else float(scale)
+
+    def site(self, kind: str) -> Tensor:
+        """[B * T, width]"""
+        if kind in self._projections:
+            projection = self._projections[kind]
+            return projection.of(self._projected[projection.module]).flatten(0, 1)
+        assert self._compared is not None, "the block has not called the attention function"
+        query, key, scale = self._compared
+        heads = self.parts.heads
+        found = query * scale if kind == "attention_query" else key.repeat_interleave(heads.query // heads.key_value, 1)
+        return found.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _hear(
+    listening: Sequence[_Attended], module: nn.Module, query: Tensor, key: Tensor, given: Mapping[str, Any]
+) -> None:
+    for attended in listening:
+        if attended.parts.module is module:
+            attended.hear(query, key, given)
 
 
 class _Mixed:

@@ -80,8 +80,7 @@ class Distiller(nn.Module):
             student = self._sites(batch, {"hidden.last"})["hidden.last"] if self.token_facts.reads_student else None
             return self.token_facts(batch=batch, student=student, teacher=teacher, heads=heads)
         report = aim.report
-        wanted = {"hidden.last"}.union(*(term.needs.student for term in self.terms)) - {HEAD_WEIGHT}
-        sites = {} if self.student is None else self._sites(batch, wanted)
+        sites = {} if self.student is None else self._sites(batch, student_sites(self.terms))
         for site, value in teacher.items():  # what fusions watch
             fused, _, name = site.removeprefix("fused.").partition("/")
             if name:
@@ -134,13 +133,29 @@ def teacher_sites(terms: Sequence[LossTerm]) -> frozenset[str]:
     return frozenset({"hidden.last"}).union(*(term.teacher_sites for term in terms))
 
 
-def statistics(terms: Sequence[LossTerm], batch: Batch, teacher: Mapping[str, Tensor]) -> dict[tuple[str, str], Tensor]:
-    """(term, name) -> what the losses that ask for statistics sum up over this batch, in float64."""
-    inputs = PassInputs(batch, {}, teacher, {}, {}, Report())
+def student_sites(terms: Sequence[LossTerm]) -> frozenset[str]:
+    """Everything that the losses want of the student's forward pass."""
+    return frozenset({"hidden.last"}).union(*(term.needs.student for term in terms)) - {HEAD_WEIGHT}
+
+
+def statistics_of(terms: Sequence[LossTerm]) -> frozenset[Role]:
+    """The models whose sites some loss takes statistics of."""
+    return frozenset[Role]().union(*(term.loss.statistics_of for term in terms))
+
+
+@torch.no_grad()
+def statistics(
+    terms: Sequence[LossTerm], batch: Batch, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]
+) -> dict[tuple[str, str], Tensor]:
+    """(term, name) -> what the losses that ask for statistics sum up over this batch, in float64.
+
+    `student`: its sites, or nothing where no loss asks for them.
+    """
+    inputs = PassInputs(batch, student, teacher, {}, {}, Report())
     return {
         (term.name, name): value.double()
         for term in terms
-        if term.loss.reads_statistics()
+        if term.loss.statistics_of
         for name, value in term.loss.statistics(inputs.step(term)).items()
     }
 
@@ -148,7 +163,7 @@ def statistics(terms: Sequence[LossTerm], batch: Batch, teacher: Mapping[str, Te
 def start_from_statistics(terms: Sequence[LossTerm], sums: Mapping[tuple[str, str], Tensor]) -> None:
     """Hand each loss that asks for statistics its sums over all batches and ranks."""
     for term in terms:
-        if term.loss.reads_statistics():
+        if term.loss.statistics_of:
             own = {name: value.cpu() for (owner, name), value in sums.items() if owner == term.name}
             term.loss.start_from_statistics(own)
 

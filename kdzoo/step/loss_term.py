@@ -30,7 +30,7 @@ class LossTerm:
     def of(
         cls, name: str, loss: Loss, state: str = LAST, prediction: str = LAST, weights: TokenWeights | None = None
     ) -> LossTerm:
-        needs = loss.needs(loss.params, loss.pair.same_tokens)
+        needs = loss.needs_of(loss.params, loss.pair)
         return cls(name, loss, needs, loss.visits(loss.params), state, prediction, weights)
 
     @property

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kdzoo.api.batch import Batch, Side
 from kdzoo.api.head import HEAD_WEIGHT, Head
 from kdzoo.api.loss import Loss, Needs, Visited
-from kdzoo.api.models import AbsentModel, ModelInfo, ModelPair, Role, Vocabulary
+from kdzoo.api.models import AbsentModel, Heads, ModelInfo, ModelPair, Role, Vocabulary
 from kdzoo.api.plugin import Params, Plugin
 from kdzoo.api.terms import Terms
 from kdzoo.errors import KdzooError, did_you_mean
@@ -48,11 +48,18 @@ class Recorded:
     attention_mask: Any = None
     """[B, T], 1 on real tokens. Default: all are."""
     vocabulary: Vocabulary | None = None
+    sites: Mapping[str, Any] = field(default_factory=dict)
+    """[B, T, width] of blocks, by site: "hidden.0", say. A loss may read them at all positions, too."""
+    layers: int = 1
+    """How many blocks the model has."""
+    heads: Heads | None = None
+    """Its attention heads, where a loss reads queries, keys or values."""
 
 
 @dataclass
 class Replay:
-    """What came out. Gradients are of `loss`: `student_hidden`, `student_head`, and `<slot>.<parameter>`."""
+    """What came out. Gradients are of `loss`: `student_hidden`, `student_head`, `student_<site>` of the recorded sites,
+    and `<slot>.<parameter>`."""
 
     loss: Tensor
     terms: dict[str, Tensor]
@@ -110,7 +117,7 @@ def replay(
     terms = []
     for slot, (loss, given, _) in losses.items():
         params = valid_params(f"replay: the params of '{slot}'", loss, given)
-        needs = loss.needs(params, same_tokens)
+        needs = loss.needs_of(params, pair)
         _check(slot, needs, tensors, states, same_tokens)
         kept = loss if only is None else _with_only(loss, slot, only)
         with default_dtype(dtype):  # so that frozen artifacts keep the recording's precision
@@ -119,7 +126,7 @@ def replay(
     of_student = tensors["student"].sites(terms) if "student" in tensors else {}
     of_teacher = {k: v.detach() for k, v in tensors["teacher"].sites(terms).items()} if "teacher" in tensors else {}
     heads: dict[Role, Head] = {name: Head(found.head) for name, found in tensors.items()}
-    start_from_statistics(terms, statistics(terms, batch, of_teacher))
+    start_from_statistics(terms, statistics(terms, batch, of_student, of_teacher))
     start_from_heads(terms, heads)
     start = {name: parameter.detach().clone() for name, parameter in _trainable(distiller).items()}
     _set_weights(distiller, weights or {}, dtype)
@@ -153,6 +160,7 @@ def replay(
         leaves: dict[str, Tensor] = {n.removeprefix("losses."): p for n, p in distiller.named_parameters()}
         if "student" in tensors:
             leaves |= {"student_hidden": tensors["student"].hidden, "student_head": tensors["student"].head}
+            leaves |= {f"student_{site}": value for site, value in tensors["student"].of_blocks.items()}
         result.gradients = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return result
 
@@ -182,6 +190,9 @@ class _Tensors:
             )
         self.hidden = states.clone().requires_grad_(trains)
         self.head = nn.Parameter(head.clone(), requires_grad=trains and recorded.hidden is not None)
+        self.of_blocks = {
+            site: torch.as_tensor(value).clone().requires_grad_(trains) for site, value in recorded.sites.items()
+        }
         self.embed = None if recorded.embed is None else torch.as_tensor(recorded.embed)
         self.ids_recorded = recorded.input_ids is not None
         scored = labels != -100
@@ -196,12 +207,16 @@ class _Tensors:
             sample=position // labels.shape[1],
             span=_spans(recorded.chunks, position),
         )
-        self.info = ModelInfo(states.shape[-1], self.head.shape[0], 1, "recorded", recorded.vocabulary)
+        sizes = states.shape[-1], self.head.shape[0], recorded.layers
+        self.info = ModelInfo(*sizes, "recorded", recorded.vocabulary, recorded.heads)
 
     def sites(self, terms: list[LossTerm]) -> dict[str, Tensor]:
         wanted = {"hidden.last"}.union(*(_sites(term.needs, self.model) for term in terms)) - {HEAD_WEIGHT}
         every = self.hidden.flatten(0, 1)
         found = {"hidden.last": every[self.side.positions], "hidden.last@all": every}
+        for site, value in self.of_blocks.items():
+            every = value.flatten(0, 1)
+            found |= {site: every[self.side.positions], f"{site}@all": every}
         if self.embed is not None:
             found["embed.target"] = self.embed[self.side.labels]
             found["embed.zero"] = self.embed[:1]

@@ -24,7 +24,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {
         "n_embd": 32,
         "n_layer": 2,
-        "n_head": 2,
+        "n_head": 4,
         "n_positions": 64,
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,

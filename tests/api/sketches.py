@@ -4,36 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
-from kdzoo import Logits, Loss, Needs, Params, Step, Terms, ops, visit
-
-
-class BetweenBlocks(Loss):
-    """States of chosen blocks, through a projector where widths differ; pairs of tokens where tokenizers do."""
-
-    name, paper, formula = "between_blocks", "Romero et al., FitNets, ICLR 2015", "L = 1/P sum_i |W h_i - t_i|^2 / D"
-
-    class Params(Params):
-        student_block: int = 0
-        teacher_block: int = -1
-
-    @classmethod
-    def needs(cls, params: Any, same_tokens: bool) -> Needs:
-        student, teacher = f"hidden.{params.student_block}", f"hidden.{params.teacher_block}"
-        return Needs(student=frozenset({student}), teacher=frozenset({teacher}), aligned=not same_tokens)
-
-    def build(self, student: Any, teacher: Any, artifacts: Any) -> None:
-        self.projector = nn.Linear(student.width, teacher.width)
-
-    def finish(self, step: Step) -> Terms:
-        projected = self.projector(step.student[f"hidden.{self.params.student_block}"])
-        target = step.teacher[f"hidden.{self.params.teacher_block}"]
-        if not self.pair.same_tokens:
-            ours, theirs = step.batch.pairs.unbind(1)
-            projected, target = projected[ours], target[theirs]
-        error = ops.widened(projected - target).square().mean(-1)
-        return Terms().add("error", error, per="tokens" if self.pair.same_tokens else "pairs")
+from kdzoo import Logits, Loss, Needs, Terms, ops, visit
 
 
 class WeighedByDoubt(Loss):
@@ -71,4 +42,4 @@ class OnSharedEntries(Loss):
         return Terms().add("kl", ops.forward_kl(log_p, log_q), per="tokens" if self.pair.same_tokens else "pairs")
 
 
-SKETCHES = (BetweenBlocks, WeighedByDoubt, OnSharedEntries)
+SKETCHES = (WeighedByDoubt, OnSharedEntries)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import golden_alm
+import golden_between_blocks
 import golden_divergences
 import golden_dskd
 import golden_dskd_v2
@@ -19,6 +20,7 @@ from golden_files import INDEPENDENT, NOT_COVERED, Golden, Pair
 
 COVERED: dict[str, Callable[[Golden], Iterator[Pair]]] = {
     **golden_alm.COVERED,
+    **golden_between_blocks.COVERED,
     **golden_divergences.COVERED,
     **golden_dskd.COVERED,
     **golden_dskd_v2.COVERED,

@@ -47,6 +47,13 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"alpha": 3.0, "preset": "amid@a963105"},
         {"alpha": 0.999, "teacher_weight": 0.1},
     ],
+    "attention_relations": [
+        {"relations": {"attention": 2.0, "value": 0.5}, "pairs": "uniform"},
+        {"rows": "all", "causal": False, "heads": 8},
+        {"rows": "all", "relations": {"attention": 1.0}},
+        {"distance": "mse", "relations": {"attention": 1.0}},
+        {"distance": "mse_of_softmax", "pairs": [[0, 1], [1, 0]]},
+    ],
     "cross_entropy": [
         {"where": "teacher_right"},
         {"where": "teacher_wrong"},
@@ -83,6 +90,13 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"subtract_entropy": False},
         {"top_k": 5},
         {"top_k": 5, "rest": "dropped"},
+    ],
+    "hidden": [
+        {"pairs": [[0, 1], [-1, "last"]], "distance": "cosine"},
+        {"pairs": "uniform", "distance": "relative_mse", "start": "least_squares"},
+        {"pairs": "uniform", "every": 2, "distance": "relative_mse"},
+        {"distance": "cka"},
+        {"projector": "always", "distance": "cka"},
     ],
     "js": [{"teacher_weight": 0.0}, {"teacher_weight": 1.0}, {"teacher_weight": 0.1}],
     "multilevel_ot": [
@@ -152,6 +166,8 @@ KINDS = {
     "scans": "multilevel_ot",
     "packings and facts": "residual",
     "packings in groups": "uld",
+    "sites of both models": "hidden",
+    "every position of blocks": "attention_relations",
     "the teacher alone": "projectors",
 }
 """A loss for each kind of visit and stream."""

@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from kdzoo.api.loss import Loss
+from kdzoo.api.loss import Loss, Needs
+from kdzoo.api.models import ModelInfo, ModelPair
 from kdzoo.data.rows import Row
 from kdzoo.errors import RecipeError
 from kdzoo.plugin.registry import load_plugins
@@ -23,9 +24,9 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 def context(recipe: Recipe, same_tokens: bool = True) -> RunContext:
-    return cast(
-        RunContext, SimpleNamespace(recipe=recipe, registry=load_plugins(), same_tokens=same_tokens, fusions={})
-    )
+    models = ModelPair(ModelInfo(64, 50, 2, "gpt2"), ModelInfo(128, 60, 4, "llama"), same_tokens)
+    known = {"recipe": recipe, "registry": load_plugins(), "models": models, "same_tokens": same_tokens}
+    return cast(RunContext, SimpleNamespace(**known, fusions={}))
 
 
 def recipe_of(name: str, *sets: str) -> Recipe:
@@ -101,6 +102,38 @@ def test_a_loss_for_one_tokenizer_is_refused_where_there_are_two(read):
     with pytest.raises(RecipeError, match=r"^losses\.\w+: 'forward_kl' compares two models token by token"):
         resolve_recipe(context(recipe_of("forward_kl.json"), same_tokens=False))
     assert not read
+
+
+@pytest.mark.parametrize(("role", "block", "layers"), [("student", 2, 2), ("teacher", -5, 4)])
+def test_a_block_that_a_model_does_not_have_is_refused(read, monkeypatch, role, block, layers):
+    found = context(recipe_of("forward_kl.json"))
+    sites = {role: frozenset({f"hidden.{block}@all"})}
+    monkeypatch.setattr(found.registry.of(Loss)["forward_kl"], "needs", lambda params, same: Needs(**sites))
+    with pytest.raises(
+        RecipeError,
+        match=rf"^losses\.\w+: 'forward_kl' reads the {role}'s site 'hidden\.{block}@all', and the {role} has {layers} "
+        "blocks, counted from 0 or from the end; name another block$",
+    ):
+        resolve_recipe(found)
+    assert not read
+
+
+def test_what_a_loss_says_of_the_models_stands_at_its_parameter(read, monkeypatch):
+    def needs_of(params: Any, pair: ModelPair) -> Needs:
+        raise RecipeError(f"divergence: {pair.student.layers} and {pair.teacher.layers} blocks are too few; add some")
+
+    found = context(recipe_of("forward_kl.json"))
+    monkeypatch.setattr(found.registry.of(Loss)["forward_kl"], "needs_of", needs_of)
+    with pytest.raises(RecipeError, match=r"^losses\.\w+\.params\.divergence: 2 and 4 blocks are too few; add some$"):
+        resolve_recipe(found)
+
+
+def test_a_stage_without_a_teacher_refuses_a_loss_that_asks_for_its_sizes(read, monkeypatch):
+    found = context(recipe_of("forward_kl.json", 'stages.sft.losses={"kd": {"use": "reverse_kl"}}'))
+    asks = classmethod(lambda cls, params, pair: Needs(teacher=frozenset({f"hidden.{pair.teacher.layers}"})))
+    monkeypatch.setattr(found.registry.of(Loss)["reverse_kl"], "needs_of", asks)
+    with pytest.raises(RecipeError, match=r"^stages\.sft\.losses\.kd: a loss reads the teacher's 'layers' in a stage"):
+        resolve_recipe(found)
 
 
 def test_a_fusion_that_a_dense_teacher_lacks_leaves_its_own_state(read):

@@ -18,7 +18,7 @@ from kdzoo.api.loss import Loss, Needs, visit
 from kdzoo.api.terms import Terms
 from kdzoo.api.token_weights import TokenWeights, WeighedTokens, Weights
 from kdzoo.step.chunks import CHUNK_BYTES
-from kdzoo.step.distiller import start_from_heads, statistics
+from kdzoo.step.distiller import start_from_heads
 from kdzoo.step.loss_term import LossTerm
 from kdzoo.testing.promises.rearrange import rearranged
 from kdzoo.testing.promises.watch import (
@@ -154,7 +154,7 @@ def needs(world: World) -> str:
     term = intercepted(heard.term(), reads.around)
     recording = world.recorded(term, world.batch())
     start_from_heads([term], world.heads)
-    statistics([term], world.batch(), world.teacher_sites([term], world.batch()))
+    world.statistics([term], world.batch())
     recording.run(term)
     with torch.no_grad():  # as a trained stage is measured: with the visits that only watch
         recording.score(term)

@@ -22,7 +22,16 @@ from kdzoo.errors import KdzooError
 from kdzoo.plugin.registry import Registry, load_plugins
 from kdzoo.step.capture import capture
 from kdzoo.step.chunks import CHUNK_BYTES
-from kdzoo.step.distiller import Aim, Distiller, start_from_heads, start_from_statistics, statistics, teacher_sites
+from kdzoo.step.distiller import (
+    Aim,
+    Distiller,
+    start_from_heads,
+    start_from_statistics,
+    statistics,
+    statistics_of,
+    student_sites,
+    teacher_sites,
+)
 from kdzoo.step.inputs import PassInputs
 from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report
@@ -35,6 +44,8 @@ SLOT = "loss"
 FIVE_TOKENS = ((4, 3, 3), (2, 2, 2))
 """A sequence is (prompt, student response, teacher response), in tokens."""
 LENGTHS = ((4, 5, 4), (3, 2, 3), (5, 6, 5), (2, 1, 1))
+TRAINING_ROWS = LENGTHS * 4
+"""What statistics are taken of: more tokens than a state has features."""
 STUDENT_VOCABULARY, TEACHER_VOCABULARY = 61, 53
 """With one tokenizer, both have the student's."""
 
@@ -176,7 +187,9 @@ class World:
         model_adapter = self.model_adapters[which]
         vocabulary, width = model_adapter.head(model).weight.shape
         words = Vocabulary(tuple(texts), frozenset({0}), 0) if self.needs.vocabularies else None
-        return ModelInfo(width, vocabulary, len(model_adapter.blocks(model)), self._families[which], words)
+        layers, attention = len(model_adapter.blocks(model)), model_adapter.attention(model, 0)
+        heads = None if attention is None else attention.heads
+        return ModelInfo(width, vocabulary, layers, self._families[which], words, heads)
 
     def batch(self, lengths: Sequence[tuple[int, int, int]] = LENGTHS, seed: int = 0) -> Batch:
         """Sequences of random tokens, about half of which the teacher predicts; none: the stand-in of a rank without
@@ -229,9 +242,8 @@ class World:
             loss = self.subject.loss(self.subject.params, pair, artifacts).double()
         weights = None if self.subject.weights is None else self.subject.weights(self.subject.weights_params)
         term = LossTerm.of(name, loss, weights=weights)
-        if loss.reads_statistics():
-            batch = self.batch()
-            start_from_statistics([term], statistics([term], batch, self.teacher_sites([term], batch)))
+        if loss.statistics_of:
+            start_from_statistics([term], self.statistics([term], self.batch(TRAINING_ROWS)))
         start_from_heads([term], self.heads)
         return term
 
@@ -252,6 +264,15 @@ class World:
     def heads(self) -> dict[Role, Head]:
         heads: dict[Role, Head] = {"teacher": self.model_adapters[1].head(self.teacher)}
         return heads | ({"student": self.model_adapters[0].head(self.student)} if self.has_student else {})
+
+    def statistics(self, terms: Sequence[LossTerm], batch: Batch) -> dict[tuple[str, str], Tensor]:
+        """What the losses start from."""
+        student: dict[str, Tensor] = {}
+        if "student" in statistics_of(terms):
+            assert batch.student is not None
+            with torch.no_grad():
+                student = capture(self.student, self.model_adapters[0], batch.student, student_sites(terms))
+        return statistics(terms, batch, student, self.teacher_sites(terms, batch))
 
     def teacher_sites(self, terms: Sequence[LossTerm], batch: Batch) -> dict[str, Tensor]:
         assert batch.teacher is not None
