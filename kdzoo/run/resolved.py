@@ -103,6 +103,11 @@ def _losses_alone(context: RunContext, name: str, stage: Stage) -> ResolvedLosse
         raise RecipeError(f"stages.{name}: has no 'losses'; say what it trains on")
     losses = resolve_losses(context, stage.losses)
     for term in losses:
+        if term.weights is not None and term.weights.needs.reads_teacher:
+            raise RecipeError(
+                f"stages.{name}.losses.{term.name}.weights: '{term.weights.entry.use}' reads a teacher, and there is "
+                "none here; take other weights"
+            )
         if term.reads_teacher:
             raise RecipeError(
                 f"stages.{name}.losses.{term.name}: '{term.entry.use}' reads a teacher; there is none here"
