@@ -27,6 +27,8 @@ class Adaptive(TokenWeights):
         "`calculate_distillation_weight` of SassyRong/AdaKD @ 66363ca selects among the tokens of each micro-batch and "
         "rank; here among those of the whole step, so that no split changes it. Tokens as hard as the last are kept.",
         "Its moving average counts micro-batches; here optimizer steps.",
+        "Its `temperature` divides the logits before s is measured, and once more as tau; here s is measured at "
+        "temperature 1, and a loss with a temperature of its own divides by that beside tau_i.",
     )
 
     class Params(TokenWeightsParams):
@@ -81,9 +83,9 @@ class Adaptive(TokenWeights):
             if progress > p.warmup:
                 self.reference.fill_(average)
             return
-        moved = average / float(self.reference) - 1
-        if abs(moved) > p.tolerance:
-            factor = 1 + p.change if moved > 0 else 1 - p.change
+        risen = average - float(self.reference)
+        if abs(risen) > p.tolerance * abs(float(self.reference)):
+            factor = 1 + p.change if risen > 0 else 1 - p.change
             self.share.mul_(factor).clamp_(p.least, 1.0)
             self.reference.fill_(average)
 

@@ -19,7 +19,8 @@ class TopShare(TokenWeights):
     formula = "w_i = 1 for the ceil(s n) tokens of most H(q_i) among n, else 0"
     deviations = (
         "`forward_batch_runner.py` of almogtavor/SE-KD3x @ 08b2763 divides by the kept tokens of each micro-batch; "
-        "here by those of the whole step. Of tokens with the same score the first are kept.",
+        "here by those of the whole step. Of tokens of a sequence with the same score the first are kept; among those "
+        "of the step, all that score as much as the last one.",
     )
 
     class Params(TokenWeightsParams):
@@ -52,7 +53,7 @@ class TopShare(TokenWeights):
         if self.params.among == "step":
             return Weights(ops.among_largest(tokens.scores, tokens.scores_of_step, self.params.share))
         lengths = tokens.side.sample.bincount(minlength=tokens.side.sequences)
-        wanted = (lengths * self.params.share).ceil()
+        wanted = (lengths.double() * self.params.share).ceil()
         return Weights(ops.ranks_within(tokens.scores, tokens.side) < wanted[tokens.side.sample])
 
 

@@ -40,8 +40,9 @@ def build_examples(
     align: Align | None,
     same: bool,
     address: str,
+    columns: Sequence[str] = (),
 ) -> list[Example]:
-    """Tokenises and aligns every row, with its first reference as the response.
+    """Tokenises and aligns every row, with its first reference as the response, and with these columns of the rows.
 
     `same`: both models have one tokenizer; one encoding serves both sides and the alignment is the identity.
     Otherwise `align` is needed where both encoders are there. Rows without a response token are a
@@ -49,10 +50,12 @@ def build_examples(
     where these are not the student's tokens.
     """
     examples = _tokenised(rows, student_encoder, teacher_encoder, align, same, address)
-    if not rows or not rows[0].columns:
+    if student_encoder is None or not columns:
         return examples
     return [
-        example if example.student is None else replace(example, columns=_columns(row, example.student, address))
+        example
+        if example.student is None
+        else replace(example, columns=_columns(row, columns, example.student, address))
         for row, example in zip(rows, examples, strict=True)
     ]
 
@@ -182,11 +185,12 @@ def _column(name: str, examples: Sequence[Example], student: _Scored | None) -> 
     return torch.tensor(values, dtype=torch.float32)
 
 
-def _columns(row: Row, encoded: Encoded, address: str) -> dict[str, Sequence[float]]:
-    """What the row's columns say of each token of the response."""
+def _columns(row: Row, columns: Sequence[str], encoded: Encoded, address: str) -> dict[str, Sequence[float]]:
+    """What these columns of the row say of each token of the response."""
     count, cut = len(encoded.ends), encoded.ends[-1] != encoded.starts[-1]
     found: dict[str, Sequence[float]] = {}
-    for name, value in row.columns.items():
+    for name in columns:
+        value = row.columns[name]
         if isinstance(value, float):
             found[name] = [value] * count
         elif len(value) == count or (cut and len(value) > count):
@@ -195,8 +199,8 @@ def _columns(row: Row, encoded: Encoded, address: str) -> dict[str, Sequence[flo
             found[name] = [*value, value[-1] if value else 1.0]
         else:
             raise DataError(
-                f"{address}: field '{name}' of row '{row.id}' has {len(value)} numbers, and the student's response has "
-                f"{count - (not cut)} tokens and an end; give one number for each, or one for the row"
+                f"{address}: field '{name}' of row '{row.id}' has {len(value)} numbers, and the response has "
+                f"{count - (not cut)} tokens{'' if cut else ' and an end'}; give one for each, or a number for the row"
             )
     return found
 

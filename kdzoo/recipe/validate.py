@@ -226,9 +226,11 @@ def _losses(merged: Merged) -> Iterator[str]:
     for at, slot in merged.objects("stages", "*", "losses", "*"):
         if slot.get("fuse") is not None:
             yield fault(merged, (*at, "fuse"), "this stage has no teacher whose state a loss could read; remove it")
-    for key, section in (("fuse", "fuse"), ("weights", "token_weights")):
+    of_recipe, of_stages = [*merged.objects("losses", "*")], [*merged.objects("stages", "*", "losses", "*")]
+    named = {"fuse": ("fuse", of_recipe), "weights": ("token_weights", [*of_recipe, *of_stages])}
+    for key, (section, slots) in named.items():
         known = [str(at[-1]) for at, _ in merged.objects(section, "*")]
-        for at, slot in chain(merged.objects("losses", "*"), merged.objects("stages", "*", "losses", "*")):
+        for at, slot in slots:
             name = slot.get(key)
             if isinstance(name, str) and name not in known:
                 hint = _hint(name, known, none="it is empty")

@@ -93,6 +93,7 @@ def tokenise(
         None if student is None or teacher is None else _aligner_of(context, source.fingerprint, student, teacher),
         same,
         source.address,
+        columns,
     )
     batches = MicroBatches(
         examples,

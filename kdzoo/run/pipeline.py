@@ -78,6 +78,11 @@ class Run:
             for role in (self.context.student, self.context.teacher):
                 build_examples(source.rows, None, role.encoder, None, False, source.address)
         self.corpus = self.for_both_models(self.resolved.distill.source, self.resolved.distill.losses.columns)
+        for stage, role in (("teacher", self.context.teacher), ("sft", self.context.student)):
+            alone = self.resolved.alone.get(stage)
+            if alone is not None and alone.losses.columns:
+                columns = alone.losses.columns
+                build_examples(alone.source.rows, role.encoder, None, None, False, alone.source.address, columns)
         held_out = self.resolved.held_out
         self.held_out = None if held_out is None else self.for_both_models(held_out)
         for text in overview(self.context, self.resolved.distill.losses, self.corpus):

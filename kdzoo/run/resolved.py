@@ -112,6 +112,11 @@ def _losses_alone(context: RunContext, name: str, stage: Stage) -> ResolvedLosse
     pair = ModelPair(model, AbsentModel("teacher"), context.same_tokens)
     losses = resolve_losses(context, stage.losses, pair, f"stages.{name}.losses")
     for term in losses:
+        if term.weights is not None and term.weights.needs.reads_teacher:
+            raise RecipeError(
+                f"stages.{name}.losses.{term.name}.weights: '{term.weights.entry.use}' reads a teacher, and there is "
+                "none here; take other weights"
+            )
         if term.reads_teacher:
             raise RecipeError(
                 f"stages.{name}.losses.{term.name}: '{term.entry.use}' reads a teacher; there is none here"

@@ -187,12 +187,7 @@ class Weighed:
 
     def on(self, of: Of, count: int) -> Tensor:
         """The factors of `count` things that a term has values of."""
-        found = self._carried("factors", self.factors, of, count)
-        if len(found) != count:
-            raise KdzooError(
-                f"a term has {count} values of '{of}', of which there are {len(found)}; say what they are of in 'of'"
-            )
-        return found
+        return self._carried("factors", self.factors, of, count)
 
     def temperatures(self, of: Of, count: int) -> Tensor | None:
         """Likewise."""
@@ -258,7 +253,7 @@ def weigh_step(
             continue
         seen = [_seen(term, batch, known) for batch, known in zip(batches, facts, strict=True)]
         seen = _scored(term.weights, seen, gathered)
-        weights = [_valid(term.weights.weigh(tokens)) for tokens in seen]
+        weights = [_valid(term, term.weights.weigh(tokens), len(tokens)) for tokens in seen]
         weighed = [Weighed(batch, each) for batch, each in zip(batches, weights, strict=True)]
         by_weights = term.weights.params.divide_by == "weights"
         counts = _counts(weighed, summed) if by_weights else [batch.counts for batch in batches]
@@ -290,8 +285,14 @@ def _seen(term: LossTerm, batch: Batch, facts: Facts) -> WeighedTokens:
     return WeighedTokens(batch.student, facts.get(term.name, {}), columns)
 
 
-def _valid(weights: Weights) -> Weights:
+def _valid(term: LossTerm, weights: Weights, count: int) -> Weights:
     """In at least float32."""
+    for what, found in {"weights": weights.values, "temperatures": weights.temperatures}.items():
+        if found is not None and found.shape != (count,):
+            raise KdzooError(
+                f"losses.{term.name}.weights: the {what} are {list(found.shape)}, of {count} tokens; return one for "
+                "each"
+            )
     tau = weights.temperatures
     values = weights.values if weights.values.is_floating_point() else weights.values.float()
     return Weights(ops.widened(values), None if tau is None else ops.widened(tau))
@@ -306,6 +307,11 @@ def weighed_sums(term: str, terms: Terms, factors: Callable[[Term], Tensor]) -> 
                 f"losses.{term}.weights: the term '{name}' is a sum, whose tokens cannot be weighed; take 'weights' "
                 "away, or hand back values of tokens"
             )
-        values = one.value.flatten()
-        found[name] = ((values * factors(one).to(values.dtype)).sum(), one.per)
+        values, each = one.value.flatten(), factors(one)
+        if len(values) != len(each):
+            raise KdzooError(
+                f"losses.{term}.weights: the term '{name}' has {len(values)} values, for {len(each)} weights; hand "
+                "back values of tokens, and say in 'of' where they are of something else"
+            )
+        found[name] = ((values * each.to(values.dtype)).sum(), one.per)
     return found

@@ -172,3 +172,78 @@ def test_rows_without_a_response_token_are_counted_and_the_first_is_named(
         DataError, match=r"^data.train: 1 row has no .* 'long', has a prompt as long as 'data.max_length' \(8 "
     ):
         build_examples(rows, Encoder(bytes_tokenizer, full), None, None, same=False, address="data.train")
+
+
+# Columns of the rows, for token weights
+
+
+def examples_of(tokenizer: PreTrainedTokenizerFast, column: float | tuple[float, ...], **data: int) -> list[Example]:
+    rows = [Row("a", "One of the mountains", "", ("Elbrus, or Mont Blanc",), {"weight": column})]
+    encoder = Encoder(tokenizer, Data(train=Source(lab="train"), template=Template(prompt="{instruction}"), **data))
+    return build_examples(rows, encoder, None, None, False, "data.train", ["weight"])
+
+
+def column_of(examples: Sequence[Example]) -> list[float]:
+    batch = collate(
+        examples, same_tokens=False, rows="response", pad_id_student=0, pad_id_teacher=None, columns=["weight"]
+    )
+    assert batch.student is not None and batch.columns["weight"].shape == batch.student.labels.shape
+    return batch.columns["weight"].tolist()
+
+
+def test_a_number_of_a_row_stands_on_each_of_its_tokens(bytes_tokenizer: PreTrainedTokenizerFast) -> None:
+    (example,) = examples_of(bytes_tokenizer, 0.5)
+    assert example.student is not None
+    assert column_of([example]) == [0.5] * len(example.student.response_ids)
+    other = replace(example, columns={"weight": [2.0] * len(example.student.response_ids)})
+    assert column_of([example, other]) == [0.5] * len(example.student.response_ids) + [2.0] * len(
+        example.student.response_ids
+    )
+
+
+def test_a_number_for_each_token_may_leave_out_the_end_which_then_weighs_as_the_last(
+    bytes_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    (example,) = examples_of(bytes_tokenizer, 1.0)
+    assert example.student is not None
+    count = len(example.student.response_ids)
+    each = tuple(float(i) for i in range(count))
+    assert column_of(examples_of(bytes_tokenizer, each)) == list(each)
+    assert column_of(examples_of(bytes_tokenizer, each[:-1])) == [*each[:-1], each[-2]]
+
+
+def test_numbers_of_tokens_that_are_cut_off_are_left_out(bytes_tokenizer: PreTrainedTokenizerFast) -> None:
+    (whole,) = examples_of(bytes_tokenizer, 1.0)
+    assert whole.student is not None
+    each = tuple(float(i) for i in range(len(whole.student.response_ids)))
+    cut = whole.student.prompt_length + 2
+    assert column_of(examples_of(bytes_tokenizer, each, max_length=cut)) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("numbers", [(), (1.0,), (1.0,) * 40])
+def test_another_number_of_numbers_is_one_line(
+    numbers: tuple[float, ...], bytes_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (example,) = examples_of(bytes_tokenizer, 1.0)
+    assert example.student is not None
+    tokens = len(example.student.response_ids) - 1
+    line = (
+        rf"^data\.train: field 'weight' of row 'a' has {len(numbers)} numbers, and the response has {tokens} tokens "
+        r"and an end; give one for each, or a number for the row$"
+    )
+    with pytest.raises(DataError, match=line):
+        examples_of(bytes_tokenizer, numbers)
+
+
+def test_rows_are_asked_only_for_the_columns_that_are_wanted_here(bytes_tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [Row("a", "One", "", ("Mont Blanc",), {"weight": (1.0,) * 40})]
+    encoder = Encoder(bytes_tokenizer, Data(train=Source(lab="train")))
+    (example,) = build_examples(rows, encoder, None, None, False, "data.train")
+    assert example.columns == {}
+    (example,) = build_examples(rows, None, encoder, None, False, "data.train", ["weight"])
+    assert example.columns == {}
+
+
+def test_a_column_follows_its_tokens_where_a_text_has_no_prompt() -> None:
+    lone = replace(example(encoded([], [3, 4, 5]), encoded([], [12, 13])), columns={"weight": [1.0, 2.0, 3.0]})
+    assert column_of([lone]) == [2.0, 3.0]

@@ -104,3 +104,43 @@ def test_a_fault_is_one_line_that_begins_with_the_address(source: Source, says: 
     assert str(fault.value).startswith("data.train: ")
     assert says.replace("{folder}", str(tmp_path)) in str(fault.value)
     assert "\n" not in str(fault.value)
+
+
+# Columns for token weights
+
+
+def test_columns_are_numbers_of_the_row_or_of_its_tokens(tmp_path: Path) -> None:
+    path = written(tmp_path, {**ONE, "weight": 2, "sure": [0, 0.5]}, {**ONE, "weight": 0.5, "sure": []})
+    rows = load_rows(Source(jsonl=str(path)), "data.train", ["weight", "sure"])
+    assert [row.columns for row in rows] == [{"weight": 2.0, "sure": (0.0, 0.5)}, {"weight": 0.5, "sure": ()}]
+    assert load_rows(Source(jsonl=str(path)), "data.train")[0].columns == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(-1, "-1"), ("2", '"2"'), (None, "null"), ([1, -0.5], "-0.5"), ([[1]], r"\[1\]"), ({"a": 1}, r'{"a": 1}')],
+)
+def test_what_is_no_weight_is_one_line(value: object, told: str, tmp_path: Path) -> None:
+    path = written(tmp_path, {**ONE, "weight": value})
+    line = (
+        rf"^data\.train: field 'weight' of row 1 in .* is {told}; a weight is a number of at least 0, or a list with "
+    )
+    with pytest.raises(DataError, match=line):
+        load_rows(Source(jsonl=str(path)), "data.train", ["weight"])
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity"])
+def test_a_weight_is_finite(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"instruction": "a", "input": "", "output": "b", "weight": {value}}}\n')
+    with pytest.raises(DataError, match=r"^data\.train: "):
+        load_rows(Source(jsonl=str(path)), "data.train", ["weight"])
+
+
+def test_a_column_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    path = written(tmp_path, {**ONE, "wieght": 1})
+    line = (
+        r"'weight' is not in .*, did you mean 'wieght'\?; row 1 has .*; name the column in the parameters of the token "
+    )
+    with pytest.raises(DataError, match=line):
+        load_rows(Source(jsonl=str(path)), "data.train", ["weight"])

@@ -13,7 +13,7 @@ from kdzoo.plugin.registry import load_plugins
 
 FIXTURES = Path(__file__).parent / "fixtures"
 HOOKS = "'register_plugins', 'step_logged'"
-KINDS = "kdzoo.Loss, kdzoo.Aligner, kdzoo.Fusion, kdzoo.ModelAdapter, kdzoo.Tracker"
+KINDS = "kdzoo.Loss, kdzoo.TokenWeights, kdzoo.Aligner, kdzoo.Fusion, kdzoo.ModelAdapter, kdzoo.Tracker"
 
 
 def test_an_installed_plugin_registers_by_name(site):

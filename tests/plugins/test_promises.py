@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdzoo import Loss
+from kdzoo import Loss, NoParams, TokenWeights
 from kdzoo.testing import check_loss
 from kdzoo.testing.promises.ranks import two_ranks
 from kdzoo.testing.promises.rearrange import rearranged
+from kdzoo.testing.promises.token_weights import Carrier
 from kdzoo.testing.promises.world import Outcome, Subject, World, registry
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -155,6 +156,34 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 }
 """By loss: parameters beside its defaults, which are always tried."""
 
+TOKEN_WEIGHTS: dict[str, list[dict[str, Any]]] = {
+    "adaptive": [
+        {"by": "js", "change": 0.0},
+        {"least": 0.5, "temperature": 2.0, "temperature_scale": 0.0},
+        {"decay": 0.0, "tolerance": 0.01, "warmup": 0.0, "direction": "direct"},
+    ],
+    "column": [{"column": "sure"}, {"divide_by": "tokens"}],
+    "entropy": [
+        {"of": "teacher", "power": 2.0},
+        {"of": "gap"},
+        {"of": "teacher", "above": 3.0, "divide_by": "tokens"},
+    ],
+    "top_share": [
+        {"by": "teacher_entropy", "share": 0.5},
+        {"by": "cross_entropy", "among": "step"},
+        {"by": "teacher_cross_entropy", "among": "step", "share": 0.6},
+        {"by": "forward_kl", "among": "step"},
+        {"by": "total_variation", "divide_by": "tokens"},
+    ],
+    "verdict": [
+        {"keep": "wrong"},
+        {"indicator": "soft", "temperature": 2.0},
+        {"indicator": "soft", "keep": "wrong", "divide_by": "tokens"},
+        {"top_k": 3, "keep": "wrong"},
+    ],
+}
+"""The same by token weights."""
+
 # What every loss is tried in costs minutes; what no other loss does in the same way, seconds.
 
 KINDS = {
@@ -243,6 +272,50 @@ def test_two_ranks_of_zero_are_one_process_for_every_loss():
 def ranks_fault(tried: list[tuple[str, bool]]) -> dict[tuple[str, bool], str]:
     faults = two_ranks([(subject(name), same) for name, same in tried])
     return {key: fault for key, fault in zip(tried, faults, strict=True) if fault}
+
+
+# Token weights
+
+
+def weighed(name: str, params: dict[str, Any] | None = None) -> Subject:
+    """Token weights beside the loss that the kit tries them with."""
+    weights = registry().of(TokenWeights)[name]
+    return Subject(Carrier, NoParams(), {}, weights, weights.Params.model_validate(params or {}))
+
+
+EVERY_WEIGHTS = [(name, params) for name, many in TOKEN_WEIGHTS.items() for params in ({}, *many)]
+
+
+def test_all_token_weights_are_tried():
+    assert TOKEN_WEIGHTS.keys() == registry().of(TokenWeights).keys()
+
+
+@pytest.mark.parametrize(("name", "params"), EVERY_WEIGHTS, ids=describe)
+def test_token_weights_keep_every_promise(name, params):
+    check_loss(registry().of(TokenWeights)[name], params, ranks=False)
+
+
+@pytest.mark.slow
+def test_two_ranks_of_zero_weigh_tokens_as_one_process_does():
+    assert weights_fault([(name, {}) for name in TOKEN_WEIGHTS]) == []
+
+
+@pytest.mark.sweep
+def test_two_ranks_of_zero_weigh_tokens_as_one_process_does_with_any_parameters():
+    assert weights_fault([(name, params) for name, many in TOKEN_WEIGHTS.items() for params in many]) == []
+
+
+def weights_fault(tried: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """With one tokenizer, and with two where that fits."""
+    each = [(weighed(name, params), same) for name, params in tried for same in (True, False)]
+    each = [(one, same) for one, same in each if same or one.fits_two_tokenizers]
+    assert {same for _, same in each} == {True, False}
+    faults = two_ranks(each)
+    return [
+        f"{one.checked.name} {one.weights_params}: {fault}"
+        for (one, _), fault in zip(each, faults, strict=True)
+        if fault
+    ]
 
 
 # Random batches, where the kit has one: what a loss says of a sequence depends on that sequence alone.

@@ -45,6 +45,7 @@ def declared() -> Declarations:
                 "wide": declare("loss", "wide", WideParams),
                 "needy": declare("loss", "needy", NeedyParams),
             },
+            "token_weights": {"hard": declare("token_weights", "hard", WideParams)},
             "aligner": {"by_bytes": declare("aligner", "by_bytes")},
             "fusion": {"mean": declare("fusion", "mean", NeedyParams)},
             "tracker": {"curves": declare("tracker", "curves")},

@@ -90,6 +90,34 @@ CASES = {
         "stages.sft.losses.sft.fuse: this stage has no teacher whose state a loss could read; remove it "
         "(set by patch.json)",
     ),
+    "token weights that the recipe does not have": (
+        {"token_weights": {"hardest": {"use": "hard"}}, "losses": {"kd": {"weights": "hardets"}}},
+        "losses.kd.weights: the recipe's 'token_weights' has no 'hardets', did you mean 'hardest'? (set by patch.json)",
+    ),
+    "token weights where there are none": (
+        {"losses": {"kd": {"weights": "hardest"}}},
+        "losses.kd.weights: the recipe's 'token_weights' has no 'hardest'; it is empty (set by patch.json)",
+    ),
+    "token weights of a stage that the recipe does not have": (
+        {"stages": {"sft": {"steps": 1, "losses": {"sft": {"use": "gold", "weights": "hardest"}}}}},
+        "stages.sft.losses.sft.weights: the recipe's 'token_weights' has no 'hardest'; it is empty (set by patch.json)",
+    ),
+    "misspelt token weights": (
+        {"token_weights": {"hardest": {"use": "hrad"}}},
+        "token_weights.hardest.use: no plugin offers 'hrad', did you mean 'hard'? (set by patch.json)",
+    ),
+    "a misspelt parameter of token weights": (
+        {"token_weights": {"hardest": {"use": "hard", "params": {"widht": 1}}}},
+        "token_weights.hardest.params.widht: unknown key, did you mean 'width'? (set by patch.json)",
+    ),
+    "a misspelt key of token weights": (
+        {"token_weights": {"hardest": {"use": "hard", "parms": {}}}},
+        "token_weights.hardest.parms: unknown key, did you mean 'params'? (set by patch.json)",
+    ),
+    "token weights that are a name": (
+        {"token_weights": {"hardest": "hard"}},
+        "token_weights.hardest: 'hard' is not an object (set by patch.json)",
+    ),
     "a parameter where there is none": (
         {"losses": {"gold": {"params": {"width": 1}}}},
         "losses.gold.params.width: unknown key; no key is allowed here (set by patch.json)",

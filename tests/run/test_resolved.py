@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -38,7 +39,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often the rows of each address were read."""
     count: Counter[str] = Counter()
 
-    def load(_: Any, address: str) -> list[Row]:
+    def load(_: Any, address: str, columns: Sequence[str] = ()) -> list[Row]:
         count[address] += 1
         return [Row("1", address, "", ("answer",))]
 
@@ -134,6 +135,44 @@ def test_a_stage_without_a_teacher_refuses_a_loss_that_asks_for_its_sizes(read, 
     monkeypatch.setattr(found.registry.of(Loss)["reverse_kl"], "needs_of", asks)
     with pytest.raises(RecipeError, match=r"^stages\.sft\.losses\.kd: a loss reads the teacher's 'layers' in a stage"):
         resolve_recipe(found)
+
+
+def test_a_stage_of_one_model_refuses_token_weights_that_read_a_teacher(read):
+    recipe = recipe_of(
+        "forward_kl.json",
+        'token_weights={"right": {"use": "verdict"}}',
+        'stages.sft.losses={"sft": {"use": "cross_entropy", "weights": "right"}}',
+    )
+    line = r"^stages\.sft\.losses\.sft\.weights: 'verdict' reads a teacher, and there is none here; take other weights$"
+    with pytest.raises(RecipeError, match=line):
+        resolve_recipe(context(recipe))
+
+
+def test_token_weights_that_compare_predictions_are_refused_where_there_are_two_tokenizers(read):
+    recipe = recipe_of("uld.json", 'token_weights={"far": {"use": "adaptive"}}', "losses.uld.weights=far")
+    line = r"^token_weights\.far: 'adaptive' compares both models' predictions of a token and needs one tokenizer, but "
+    with pytest.raises(RecipeError, match=line):
+        resolve_recipe(context(recipe, same_tokens=False))
+    assert not read
+
+
+def test_every_stage_reads_the_columns_of_its_token_weights(monkeypatch):
+    columns: dict[str, Sequence[str]] = {}
+
+    def load(_: Any, address: str, wanted: Sequence[str] = ()) -> list[Row]:
+        columns[address] = wanted
+        return [Row("1", address, "", ("answer",))]
+
+    monkeypatch.setattr(inputs, "load_rows", load)
+    recipe = recipe_of(
+        "forward_kl.json",
+        'token_weights={"good": {"use": "column", "params": {"column": "good"}}, "sure": {"use": "column"}}',
+        "losses.kd.weights=good",
+        'stages.sft.losses={"sft": {"use": "cross_entropy", "weights": "sure"}}',
+    )
+    resolved = resolve_recipe(context(recipe))
+    assert columns["data.train"] == ("good", "weight") and columns["stages.teacher.data"] == ()
+    assert resolved.distill.losses.columns == ("good",) and resolved.alone["sft"].losses.columns == ("weight",)
 
 
 def test_a_fusion_that_a_dense_teacher_lacks_leaves_its_own_state(read):

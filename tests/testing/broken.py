@@ -444,6 +444,41 @@ class SaysCoupled(Broken):
         return Needs(tokenizers="same", batch_coupled=True)
 
 
+# What cannot be weighed.
+
+
+class HandsBackASum(OfStates):
+    """Adds its values up, so that no token can be weighed."""
+
+    name = "hands_back_a_sum"
+
+    def of_states(self, student: View) -> Tensor:
+        return super().of_states(student).sum()
+
+
+class PacksInSilence(OfStates):
+    """Sends every second token through the head, and does not say which they are."""
+
+    name = "packs_in_silence"
+
+    def streams(self, step: Step):
+        kept = step.student.labels % 2 == 0
+        return {"some": Stream(step.student["hidden.last"][kept], "student", labels=step.student.labels[kept])}
+
+    @visit
+    def gold(self, some: Logits) -> Terms:
+        return Terms().add("nll", ops.cross_entropy(some.logprobs(), some.labels))
+
+
+class LeavesOutTokens(OfStates):
+    """Has values of some of the tokens, and does not say of which."""
+
+    name = "leaves_out_tokens"
+
+    def of_states(self, student: View) -> Tensor:
+        return super().of_states(student)[student.labels % 2 == 0]
+
+
 # What a checkpoint keeps.
 
 
@@ -542,6 +577,9 @@ BROKEN = (
     Normalised,
     ByPlace,
     SaysCoupled,
+    HandsBackASum,
+    PacksInSilence,
+    LeavesOutTokens,
     Forgets,
     ForgetsAfterSteps,
     MovesWithinSteps,

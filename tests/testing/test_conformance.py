@@ -19,6 +19,8 @@ from broken import (
     Forgets,
     ForgetsAfterSteps,
     HalfPrecision,
+    HandsBackASum,
+    LeavesOutTokens,
     MeanOfBatch,
     MeanOfChunk,
     MeanOfTokens,
@@ -38,6 +40,7 @@ from broken import (
     OncePerSequence,
     OnlyItsOwn,
     OnTheFirstRank,
+    PacksInSilence,
     PerSequence,
     SaysCoupled,
     SeesPadding,
@@ -48,11 +51,28 @@ from broken import (
     Unused,
     WrongGradient,
 )
+from broken_weights import BROKEN as BROKEN_WEIGHTS
+from broken_weights import (
+    AboveTheMean,
+    ByWidth,
+    NeedsTokens,
+    Negative,
+    NoSuchFact,
+    OnePerSpan,
+    Trains,
+    UndeclaredFact,
+    UnreadColumn,
+    UnreadFact,
+)
+from broken_weights import ByPlace as WeighsByPlace
+from broken_weights import Forgets as ForgetsWeights
+from broken_weights import MovesWithinSteps as MovesWeightsWithinSteps
+from broken_weights import OnTheFirstRank as WeighsOnTheFirstRank
 
 from kdzoo.cli import main
 from kdzoo.errors import KdzooError
 from kdzoo.testing import check_loss, conformance
-from kdzoo.testing.promises import CHECKS, RANKS, Result
+from kdzoo.testing.promises import CHECKS, CHECKS_OF_WEIGHTS, RANKS, Result
 from kdzoo.testing.promises.rearrange import rearranged, repeated
 from kdzoo.testing.promises.world import Subject, World
 from kdzoo_cross_entropy import CrossEntropy
@@ -67,7 +87,7 @@ FOUND = {
     MisspeltEach: {"needs"},
     Unread: {"needs"},
     UnreadStage: {"needs"},
-    NotAligned: {"needs"},
+    NotAligned: {"needs", "weights"},
     BareParameter: {"modules"},
     NotCalled: {"modules"},
     OncePerSequence: {"modules"},
@@ -78,20 +98,23 @@ FOUND = {
     EditsLogits: {"neighbours"},
     EditsLogprobs: {"neighbours"},
     EditsStates: {"neighbours", "derivative"},
-    MeanOfChunk: {"chunks", "split", "counts"},
-    MeanOfTokens: {"empty", "split", "counts"},
-    MeanOfBatch: {"split", "counts"},
-    DividesTwice: {"counts"},
+    MeanOfChunk: {"chunks", "split", "counts", "weights"},
+    MeanOfTokens: {"empty", "split", "counts", "weights"},
+    MeanOfBatch: {"split", "counts", "weights"},
+    DividesTwice: {"counts", "weights"},
     PerSequence: {"counts"},
     MeanPerToken: {"counts"},
-    SeesPadding: {"padding"},
-    Normalised: {"split", "counts"},
-    ByPlace: {"order", "split"},
+    SeesPadding: {"padding", "weights"},
+    Normalised: {"split", "counts", "weights"},
+    ByPlace: {"order", "split", "weights"},
     SaysCoupled: {"coupling"},
+    HandsBackASum: {"weights"},
+    PacksInSilence: {"weights"},
+    LeavesOutTokens: {"weights"},
     NoDivergence: {"divergence"},
     NotANumberAtEquality: {"divergence"},
     WrongGradient: {"derivative"},
-    HalfPrecision: {"bf16"},
+    HalfPrecision: {"bf16", "weights"},
     Forgets: {"state"},
     ForgetsAfterSteps: {"state"},
     MovesWithinSteps: {"state"},
@@ -99,6 +122,24 @@ FOUND = {
     OftenOnTheFirstRank: {"ranks"},
 }
 """Every broken loss, and the checks that it cannot pass."""
+
+FOUND_WEIGHTS = {
+    NoSuchFact: {"declarations"},
+    UndeclaredFact: {"declarations"},
+    Trains: {"declarations"},
+    OnePerSpan: {"tokenizers"},
+    Negative: {"finite"},
+    UnreadFact: {"needs"},
+    UnreadColumn: {"needs"},
+    NeedsTokens: {"empty"},
+    ByWidth: {"padding"},
+    AboveTheMean: {"split"},
+    WeighsByPlace: {"split", "order"},
+    ForgetsWeights: {"state"},
+    MovesWeightsWithinSteps: {"state"},
+    WeighsOnTheFirstRank: {"ranks"},
+}
+"""The same of token weights."""
 
 
 @cache
@@ -116,10 +157,16 @@ def test_each_broken_loss_is_caught_by_its_check_and_by_no_other(loss):
     assert faults(loss).keys() == FOUND[loss]
 
 
+@pytest.mark.parametrize("weights", [w for w in FOUND_WEIGHTS if FOUND_WEIGHTS[w] != {"ranks"}], ids=lambda w: w.name)
+def test_broken_token_weights_are_caught_by_their_check_and_by_no_other(weights):
+    assert faults(weights).keys() == FOUND_WEIGHTS[weights]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss", "fault"),
     [
+        (WeighsOnTheFirstRank, "two ranks of ZeRO-3 are not one process: the loss is "),
         (OnTheFirstRank, "two ranks of ZeRO-3 are not one process: the loss is "),
         (OftenOnTheFirstRank, "call every module equally often on each rank"),
     ],
@@ -134,6 +181,11 @@ def test_what_only_several_ranks_show_is_caught_on_them(loss, fault):
 def test_every_check_has_a_loss_that_it_catches():
     assert set(FOUND) == set(BROKEN)
     assert set().union(*FOUND.values()) == {check.name for check in CHECKS} | {RANKS[0]}
+
+
+def test_every_check_of_token_weights_has_some_that_it_catches():
+    assert set(FOUND_WEIGHTS) == set(BROKEN_WEIGHTS)
+    assert set().union(*FOUND_WEIGHTS.values()) == {check.name for check in CHECKS_OF_WEIGHTS} | {RANKS[0]}
 
 
 @pytest.mark.parametrize(
@@ -158,9 +210,20 @@ def test_every_check_has_a_loss_that_it_catches():
         (DividesTwice, "counts", "where every sequence is there twice"),
         (PerSequence, "counts", "is divided by sequences, and grows with the length of responses"),
         (MeanPerToken, "counts", "is divided by tokens, and does not grow with the length of responses"),
+        (HandsBackASum, "weights", "the term 'square' is a sum, whose tokens cannot be weighed"),
+        (PacksInSilence, "weights", "the visit 'gold' sees packings that do not say which tokens they stand"),
+        (LeavesOutTokens, "weights", "the term 'square' has 9 values, for 14 weights; hand back"),
+        (DividesTwice, "weights", "a sequence whose tokens all weigh 0 is not as if it were not there"),
         (NotANumberAtEquality, "divergence", "the loss is nan where both models say the same"),
         (ForgetsAfterSteps, "state", "'after_step' changes 'mean', which no checkpoint keeps"),
         (MovesWithinSteps, "state", "the buffer 'seen' moves with every micro-batch; move it in 'after_step'"),
+        (NoSuchFact, "declarations", "no fact of tokens is called 'student.entropie', did you mean 'student.entropy'?"),
+        (UndeclaredFact, "declarations", "token weights read the fact 'teacher.entropy'; declare it in 'needs'"),
+        (Trains, "declarations", "the parameter 'scale.weight' would never be trained; make it a buffer"),
+        (OnePerSpan, "tokenizers", "the weights are [12], of 14 tokens; return one for each"),
+        (UnreadColumn, "needs", "the column 'weight' is declared and not read"),
+        (AboveTheMean, "split", "compare tokens by 'scores_of_step', or within a sequence"),
+        (ForgetsWeights, "state", "'after_step' changes 'power', which no checkpoint keeps"),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -216,14 +279,22 @@ def test_the_command_checks_every_loss_of_a_file_and_fails_if_one_does(capsys, t
     file.write_text(broken.replace("for loss in BROKEN:", "for loss in (Undeclared, SeesPadding):"))
     assert main(["check", str(file), "--no-ranks"]) == 1
     out = capsys.readouterr().out
-    assert "undeclared\n" in out and "sees_padding\n" in out and out.count("FAILED") == 2
+    assert "undeclared\n" in out and "sees_padding\n" in out and out.count("FAILED") == 3
     assert out.count("\n  skipped  ") == out.count("\n           mend 'declarations' first\n") == len(CHECKS) - 1
     assert "\n           padding changes something: " in out
+
+
+def test_the_command_checks_token_weights_by_name(capsys):
+    assert main(["check", "entropy", "--set", "of=gap", "--no-ranks"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith('entropy with {"of": "gap"}\n')
+    assert out.count("\n  ok  ") == len(CHECKS_OF_WEIGHTS) and "FAILED" not in out
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("entropi", "no such loss, did you mean 'entropy'?; give a loss of 'kdzoo list', or a plugin's file"),
         ("forwardkl", "no such loss, did you mean 'forward_kl'?; give a loss of 'kdzoo list', or a plugin's file"),
         ("no_such.py", "no such file"),
         ("plugins/kdzoo_aligners.py", "registers no loss"),

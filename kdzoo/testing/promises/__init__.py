@@ -129,7 +129,10 @@ class _Tried:
             return str(error)
         except Exception as error:
             fault = _in_one_line(error, self.subject.checked)
-            return fault if same_tokens else f"{fault}; mend it for two tokenizers, or say tokenizers='same' in 'needs'"
+            if same_tokens:
+                return fault
+            other = "" if self.subject.weights is not None else ", or say tokenizers='same' in 'needs'"
+            return f"{fault}; mend it for two tokenizers{other}"
 
     def _world(self, same_tokens: bool) -> World | None:
         """None where the loss refuses two tokenizers."""
