@@ -16,15 +16,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kdzoo.api.batch import Side
+from kdzoo.api.entries import entries_by_student, first_sources, shared_entries
 from kdzoo.api.plugin import Params
-from kdzoo.api.spans import (
-    Spans,
-    entries_by_student,
-    groups_by_position,
-    groups_by_text,
-    is_followed,
-    shared_entries,
-)
+from kdzoo.api.spans import Spans, groups_by_position, groups_by_text, is_followed
 from kdzoo.api.view import pad_tokens, places_within, unpad_tokens
 
 
@@ -433,6 +427,7 @@ __all__ = [
     "closed_form",
     "cross_entropy",
     "entries_by_student",
+    "first_sources",
     "forward_kl",
     "gram_inverse",
     "greedy_match",

@@ -56,6 +56,7 @@ class Reads:
     streams: set[str] = field(default_factory=set)
     """The streams that it made."""
     vocabulary: set[str] = field(default_factory=set)
+    entries: set[str] = field(default_factory=set)
     artifacts: set[str] = field(default_factory=set)
 
     def around(self, name: str, original: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -140,6 +141,11 @@ def with_heard_vocabularies(pair: ModelPair, heard: set[str]) -> ModelPair:
         return replace(info, known_vocabulary=copy)
 
     return replace(pair, student=of(pair.student), teacher=of(pair.teacher))
+
+
+def with_heard_entries(pair: ModelPair, heard: set[str]) -> ModelPair:
+    known: Any = Heard({str(name): partners for name, partners in pair.known_entries.items()}, heard.add)
+    return replace(pair, known_entries=known)
 
 
 @dataclass
