@@ -37,8 +37,7 @@ def shared_entries(student_ids: Tensor, v: int, w: int) -> dict[str, Tensor]:
     `student_ids` [W]: the student's token with the text of each teacher token, -1 where it has none. A `KdzooError`
     where they share none.
     """
-    theirs = (student_ids >= 0).nonzero().squeeze(-1)
-    mine = student_ids[theirs]
+    theirs, mine = linked_entries(student_ids)
     if not len(mine):
         raise KdzooError("the vocabularies of student and teacher share no entry; take a loss that compares none")
     rest = {
@@ -46,6 +45,12 @@ def shared_entries(student_ids: Tensor, v: int, w: int) -> dict[str, Tensor]:
         for model, size, entries in (("student", v, mine), ("teacher", w, theirs))
     }
     return {"student_shared": mine, "teacher_shared": theirs, **rest}
+
+
+def linked_entries(partners: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries that have a partner, ascending, and those partners [K] each."""
+    linked = (partners >= 0).nonzero().squeeze(-1)
+    return linked, partners[linked]
 
 
 def first_sources(partners: Tensor, size: int) -> Tensor:

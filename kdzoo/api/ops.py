@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kdzoo.api.batch import Side
-from kdzoo.api.entries import entries_by_student, first_sources, shared_entries
+from kdzoo.api.entries import entries_by_student, first_sources, linked_entries, shared_entries
 from kdzoo.api.plugin import Params
 from kdzoo.api.spans import Spans, groups_by_position, groups_by_text, is_followed
 from kdzoo.api.view import pad_tokens, places_within, unpad_tokens
@@ -436,6 +436,7 @@ __all__ = [
     "is_followed",
     "is_top",
     "js",
+    "linked_entries",
     "pad_tokens",
     "places_within",
     "product_of_heads",

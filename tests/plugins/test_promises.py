@@ -68,6 +68,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"top_k": 5, "rest": "dropped"},
     ],
     "js": [{"teacher_weight": 0.0}, {"teacher_weight": 1.0}, {"teacher_weight": 0.1}],
+    "min_ed": [
+        {"several": "first", "agree": "input", "temperature": 1.0},
+        {"entries": "nearest_in_teacher", "agree": "pair"},
+        {"entries": "same_text", "gold": False},
+    ],
     "multilevel_ot": [
         {"matching": "rank"},
         {"matching": "rank_batch", "k": 10},
@@ -100,6 +105,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"wrong": "entropy"},
     ],
     "reverse_kl": [{"temperature": 2.0}],
+    "simple_ctkd": [
+        {"divergence": "adaptive_kl", "head_mass": 0.3, "temperature": 2.0},
+        {"divergence": "skew_reverse_kl", "skew": 0.3, "rest": "one_entry"},
+        {"mean": "tokens"},
+    ],
     "skew_forward_kl": [{"skew": 0.0}, {"skew": 0.5}],
     "skew_reverse_kl": [{"skew": 0.0}],
     "total_variation": [
