@@ -10,6 +10,7 @@ import golden_alm
 import golden_divergences
 import golden_dskd
 import golden_dskd_v2
+import golden_min_ed
 import golden_multilevel_ot
 import golden_residual
 import golden_uld
@@ -21,6 +22,7 @@ COVERED: dict[str, Callable[[Golden], Iterator[Pair]]] = {
     **golden_divergences.COVERED,
     **golden_dskd.COVERED,
     **golden_dskd_v2.COVERED,
+    **golden_min_ed.COVERED,
     **golden_multilevel_ot.COVERED,
     **golden_residual.COVERED,
     **golden_uld.COVERED,
