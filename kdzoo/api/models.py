@@ -84,7 +84,5 @@ class ModelPair:
     def entries(self, name: EntryMap) -> Tensor:
         """A map between the vocabularies, which the loss declares: of each entry its partner, -1 where it has none."""
         if name not in self.known_entries:
-            raise KdzooError(
-                f"a loss reads the map of entries '{name}'; say 'entries=frozenset({{\"{name}\"}})' in its 'needs'"
-            )
+            raise KdzooError(f"a loss reads the map of entries '{name}'; name it under 'entries' in its 'needs'")
         return self.known_entries[name]

@@ -12,7 +12,9 @@ import golden_dskd
 import golden_dskd_v2
 import golden_min_ed
 import golden_multilevel_ot
+import golden_ranking
 import golden_residual
+import golden_simple_ctkd
 import golden_uld
 import pytest
 from golden_files import INDEPENDENT, NOT_COVERED, Golden, Pair
@@ -24,7 +26,9 @@ COVERED: dict[str, Callable[[Golden], Iterator[Pair]]] = {
     **golden_dskd_v2.COVERED,
     **golden_min_ed.COVERED,
     **golden_multilevel_ot.COVERED,
+    **golden_ranking.COVERED,
     **golden_residual.COVERED,
+    **golden_simple_ctkd.COVERED,
     **golden_uld.COVERED,
 }
 """Source function -> our values beside the file's."""

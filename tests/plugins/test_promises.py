@@ -88,6 +88,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"target": "teacher", "reconstruction_weight": 0.5},
         {"init": "pca", "width": 8},
     ],
+    "ranking": [{"k": 3}, {"asks": "both"}],
     "residual": [
         {"beta": "row", "beta_gradient": True},
         {"beta": "batch"},
@@ -112,6 +113,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
     "skew_forward_kl": [{"skew": 0.0}, {"skew": 0.5}],
     "skew_reverse_kl": [{"skew": 0.0}],
+    "top1_ce": [{"temperature": 2.0}],
     "total_variation": [
         {"temperature": 2.0},
     ],
