@@ -29,7 +29,7 @@ def two_tokenizers(rows: int, in_spans: float, in_pairs: float, aligner: str, re
 
 def mapped_entries(model: str, mapped: int, entries: int, same_text: bool, readers: Sequence[str]) -> str:
     """How many entries of the model's vocabulary have a partner in the other model's, and which losses read that."""
-    what = "say what one of the other's does" if same_text else "have a nearest one"
+    what = "are in both vocabularies" if same_text else "have one that is near"
     return f"entries: {mapped:,} of the {model}'s {entries:,} ({mapped / entries:.1%}) {what} ({_quoted(readers)})"
 
 

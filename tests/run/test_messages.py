@@ -38,8 +38,12 @@ def test_padded_heads_show_three_sizes():
 @pytest.mark.parametrize(
     ("model", "same_text", "line"),
     [
-        ("teacher", True, "entries: 41,950 of the teacher's 151,646 (27.7%) say what one of the other's does ('kd')"),
-        ("student", False, "entries: 41,950 of the student's 151,646 (27.7%) have a nearest one ('kd')"),
+        ("teacher", True, "entries: 41,950 of the teacher's 151,646 (27.7%) are in both vocabularies ('kd')"),
+        (
+            "student",
+            False,
+            "entries: 41,950 of the student's 151,646 (27.7%) have one that is near ('kd')",
+        ),
     ],
 )
 def test_a_map_of_entries_shows_how_many_have_a_partner(model, same_text, line):
