@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, overload
 from torch import Tensor, nn
 
 from kdzoo.api.chunk import Logits
+from kdzoo.api.entries import EntryMap
 from kdzoo.api.facts import carry_by_spans
 from kdzoo.api.models import ModelInfo, ModelPair, Role
 from kdzoo.api.plugin import NoParams, Params, Plugin, is_text
@@ -40,6 +41,9 @@ class Needs:
     """Of a stage on the teacher alone: which tokens are scored, those of responses or every real one."""
     vocabularies: bool = False
     """Whether the loss reads what the tokens of the vocabularies say: `student.vocabulary`, `teacher.vocabulary`."""
+    entries: frozenset[EntryMap] = frozenset()
+    """Maps between the vocabularies that the loss reads: "same_text", "nearest_in_student", "nearest_in_teacher"; read
+    one as `self.pair.entries(name)`. How far they reach is said at the start of a run."""
     batch_coupled: bool = False
     """One sample's loss depends on its neighbours or on padding: the authors' reading, never a default."""
     divergence: bool = False

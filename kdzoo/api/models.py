@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NoReturn
 
 from torch import Tensor
 
+from kdzoo.api.entries import EntryMap
 from kdzoo.errors import KdzooError
 
 Role = Literal["student", "teacher"]
@@ -89,6 +90,8 @@ class ModelPair:
     """Whether both tokenizers are one (decided by their tokens)."""
     ids_in_student: Tensor | None = None
     """[W] the student's token with the text of each teacher token, -1 where it has none. None without both models."""
+    known_entries: Mapping[EntryMap, Tensor] = field(default_factory=dict)
+    """The maps between the vocabularies that losses declare in their needs, by name."""
 
     def of(self, role: Role) -> ModelInfo:
         return self.student if role == "student" else self.teacher
@@ -98,3 +101,9 @@ class ModelPair:
         """[W] the student's token with the text of each teacher token, -1 where it has none."""
         assert self.ids_in_student is not None, "a loss that maps tokens reads both models"
         return self.ids_in_student
+
+    def entries(self, name: EntryMap) -> Tensor:
+        """A map between the vocabularies, which the loss declares: of each entry its partner, -1 where it has none."""
+        if name not in self.known_entries:
+            raise KdzooError(f"a loss reads the map of entries '{name}'; name it under 'entries' in its 'needs'")
+        return self.known_entries[name]

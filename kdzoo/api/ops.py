@@ -32,6 +32,7 @@ from kdzoo.api.divergences import (
     top_k_and_rest,
     total_variation,
 )
+from kdzoo.api.entries import entries_by_student, first_sources, linked_entries, shared_entries
 from kdzoo.api.relations import (
     Relation,
     RelationDistance,
@@ -41,15 +42,7 @@ from kdzoo.api.relations import (
     relation_of,
 )
 from kdzoo.api.selection import VerdictParams, among_largest, ranks_within
-from kdzoo.api.spans import (
-    Spans,
-    by_text,
-    entries_by_student,
-    groups_by_position,
-    groups_by_text,
-    is_followed,
-    shared_entries,
-)
+from kdzoo.api.spans import Spans, by_text, groups_by_position, groups_by_text, is_followed
 from kdzoo.api.states import best_linear, linear_cka, regression_sums
 from kdzoo.api.view import pad_tokens, places_within, unpad_tokens
 
@@ -264,6 +257,7 @@ __all__ = [
     "closed_form",
     "cross_entropy",
     "entries_by_student",
+    "first_sources",
     "forward_kl",
     "gram_inverse",
     "greedy_match",
@@ -274,6 +268,7 @@ __all__ = [
     "is_top",
     "js",
     "linear_cka",
+    "linked_entries",
     "log_ratio",
     "means_of_sequences",
     "pad_tokens",

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kdzoo.api.batch import Side
 from kdzoo.api.view import places_within
-from kdzoo.errors import KdzooError
 
 Skips = tuple[bool, bool]
 """Whether the last token of every sequence is left out, of the student's and of the teacher's."""
@@ -110,33 +109,3 @@ def by_text(student: Side, teacher: Side, x: Tensor, y: Tensor) -> tuple[Tensor,
     spans = Spans.aligned({"student": student, "teacher": teacher})
     sample = torch.where(spans.held, spans.last("teacher", teacher.sample), -1)
     return spans.mean("student", x), spans.mean("teacher", y), sample
-
-
-def entries_by_student(student_ids: Tensor, left_out: int | None = None) -> tuple[Tensor, Tensor]:
-    """The student's and the teacher's entries that say the same [O], in the student's order, without `left_out`.
-
-    `student_ids` [W]: the student's token with the text of each teacher token, -1 where it has none.
-    """
-    kept = student_ids >= 0
-    if left_out is not None:
-        kept &= student_ids != left_out
-    theirs = kept.nonzero().squeeze(-1)
-    mine, order = student_ids[theirs].sort()
-    return mine, theirs[order]
-
-
-def shared_entries(student_ids: Tensor, v: int, w: int) -> dict[str, Tensor]:
-    """The entries that two vocabularies of v and w tokens share, in the order of the teacher's [K], and the others.
-
-    `student_ids` [W]: the student's token with the text of each teacher token, -1 where it has none. A `KdzooError`
-    where they share none.
-    """
-    theirs = (student_ids >= 0).nonzero().squeeze(-1)
-    mine = student_ids[theirs]
-    if not len(mine):
-        raise KdzooError("the vocabularies of student and teacher share no entry; take a loss that compares none")
-    rest = {
-        f"{model}_rest": torch.ones(size, dtype=torch.bool).index_fill(0, entries, False).nonzero().squeeze(-1)
-        for model, size, entries in (("student", v, mine), ("teacher", w, theirs))
-    }
-    return {"student_shared": mine, "teacher_shared": theirs, **rest}

@@ -97,7 +97,7 @@ def student_ids(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFa
     if same_tokens(student, teacher):
         every = torch.arange(sizes[1])
         return torch.where(every < sizes[0], every, -1)
-    mine, yours = _tokens_by_text(student), _tokens_by_text(teacher)
+    mine, yours = tokens_by_text(student), tokens_by_text(teacher)
     found = torch.full((sizes[1],), -1)
     for text, token in yours.items():
         if token < sizes[1] and mine.get(text, sizes[0]) < sizes[0]:
@@ -105,16 +105,22 @@ def student_ids(student: PreTrainedTokenizerFast, teacher: PreTrainedTokenizerFa
     return found
 
 
-def _tokens_by_text(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
-    """What a token says, spaces included -> the token. Parts of characters and special tokens say nothing.
+def tokens_by_text(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """What a token says, spaces included -> the token, the first of several. The end says nothing.
 
     No tokenizer spells a letter by its byte where it has the letter: `<0x41>` comes after "A".
     """
+    texts = speaking_tokens(tokenizer)
+    spelt = dict(zip(texts, tokenizer.convert_ids_to_tokens(list(texts)), strict=True))
+    tokens = sorted(texts, key=lambda token: (spelt[token].startswith("<0x"), token), reverse=True)
+    assert isinstance(tokenizer.eos_token_id, int)
+    return {texts[token]: token for token in tokens} | {"": tokenizer.eos_token_id}
+
+
+def speaking_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[int, str]:
+    """Every token that says something by itself -> what it says. Parts of characters and special tokens say nothing."""
     known = vocabulary(tokenizer)
-    spelt = tokenizer.convert_ids_to_tokens(list(range(len(known.texts))))
-    tokens = [t for t, text in enumerate(known.texts) if text and "\ufffd" not in text and t not in known.special]
-    tokens.sort(key=lambda token: (spelt[token].startswith("<0x"), token), reverse=True)
-    return {known.texts[token]: token for token in tokens} | {"": known.end}
+    return {t: text for t, text in enumerate(known.texts) if text and "\ufffd" not in text and t not in known.special}
 
 
 def tokens_fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -134,6 +134,7 @@ def _plain(loss: type[Loss], params: Params, same_tokens: bool) -> dict[str, Any
         "facts": sorted(needs.facts),
         "aligned": needs.aligned,
         "vocabularies": needs.vocabularies,
+        "entries": sorted(needs.entries),
         "statistics": loss.reads_statistics(),
         "artifacts": sorted(needs.artifacts),
     }

@@ -105,6 +105,7 @@ def _reads(needs: Mapping[str, Any]) -> list[tuple[str, str]]:
     found += [("the teacher's", what) for what in teacher if what not in of_both]
     found = [(whose, what if what == "logits" else _code(what)) for whose, what in found]
     found += [("the fact", _code(fact)) for fact in needs["facts"]]
+    found += [("the map of entries", _code(name)) for name in needs["entries"]]
     says = {
         "aligned": ("the aligner's", "pairs or spans"),
         "vocabularies": ("both vocabularies'", "texts"),
@@ -132,7 +133,7 @@ def _in_short(loss: Declared) -> str:
         "experts": bool(sites & {"experts", "router", "fused"}),
         "heads": "head" in sites,
         "facts": any(needs["facts"] for needs in both),
-        "vocabularies": any(needs["vocabularies"] for needs in both),
+        "vocabularies": any(needs["vocabularies"] or needs["entries"] for needs in both),
         "alignment": any(needs["aligned"] for needs in both),
         "a stage": any(needs["artifacts"] for needs in both),
     }

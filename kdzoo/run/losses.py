@@ -5,20 +5,22 @@ No other file of this room calls a loss's own methods.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kdzoo.api.entries import EntryMap
 from kdzoo.api.head import Head
 from kdzoo.api.loss import Loss, Needs
 from kdzoo.api.models import AbsentModel, ModelInfo, ModelPair, Role
 from kdzoo.api.token_weights import TokenNeeds, TokenWeights
-from kdzoo.data.tokenizer import student_ids, vocabulary
+from kdzoo.data.entries import entry_maps
+from kdzoo.data.tokenizer import vocabulary
 from kdzoo.engine.close import release
-from kdzoo.engine.distributed import added_up
+from kdzoo.engine.distributed import added_up, rank_0_first
 from kdzoo.engine.frozen import FrozenModel, gather
 from kdzoo.engine.loading import DTYPES
 from kdzoo.errors import KdzooError, PluginError, RecipeError
@@ -236,9 +238,27 @@ def models_of(context: RunContext, losses: ResolvedLosses, inputs: StageInputs) 
     entries = shared_entries(context, student.vocab_size, teacher.vocab_size)
     if entries is not None:
         student, teacher = replace(student, vocab_size=entries), replace(teacher, vocab_size=entries)
-    tokenizers = inputs.student.encoder.tokenizer, context.teacher.encoder.tokenizer
-    partners = student_ids(*tokenizers, (student.vocab_size, teacher.vocab_size))
-    return ModelPair(student, teacher, context.same_tokens, partners), entries
+    names = frozenset[EntryMap]({"same_text"}).union(*(term.needs.entries for term in losses))
+    maps = entries_of(context, inputs.student, names, (student.vocab_size, teacher.vocab_size))
+    return ModelPair(student, teacher, context.same_tokens, maps["same_text"], maps), entries
+
+
+def entries_of(
+    context: RunContext, student: ModelRole, names: Collection[EntryMap], heads: tuple[int, int]
+) -> dict[EntryMap, Tensor]:
+    """Maps between the vocabularies, for heads of so many entries: the student's and the teacher's."""
+    with rank_0_first():
+        return entry_maps(names, student.encoder.tokenizer, context.teacher.encoder.tokenizer, heads)
+
+
+def check_entries(losses: ResolvedLosses, maps: Mapping[EntryMap, Tensor]) -> None:
+    """Refuse a loss that maps entries where none has a partner."""
+    for term in losses:
+        if any(not (maps[name] >= 0).any() for name in term.needs.entries):
+            raise RecipeError(
+                f"losses.{term.name}: '{term.entry.use}' maps the entries of one vocabulary to those of the other, but "
+                "none of these two has a partner; take another loss, or another pair"
+            )
 
 
 def _described(info: ModelInfo, role: ModelRole, asked: bool) -> ModelInfo:

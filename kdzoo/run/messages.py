@@ -27,6 +27,12 @@ def two_tokenizers(rows: int, in_spans: float, in_pairs: float, aligner: str, re
     )
 
 
+def mapped_entries(model: str, mapped: int, entries: int, same_text: bool, readers: Sequence[str]) -> str:
+    """How many entries of the model's vocabulary have a partner in the other model's, and which losses read that."""
+    what = "are in both vocabularies" if same_text else "have one that is near"
+    return f"entries: {mapped:,} of the {model}'s {entries:,} ({mapped / entries:.1%}) {what} ({_quoted(readers)})"
+
+
 def unknown_family(family: str) -> str:
     return f"no model adapter knows the family '{family}': cross-entropy is not read"
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from kdzoo.api.entries import EntryMap
 from kdzoo.run import messages
 from kdzoo.run.context import RunContext, experts, shared_entries
 from kdzoo.run.inputs import Corpus, aligned_shares
-from kdzoo.run.losses import ResolvedLosses
+from kdzoo.run.losses import ResolvedLosses, check_entries, entries_of
 
 
 def overview(context: RunContext, losses: ResolvedLosses, corpus: Corpus) -> Iterator[str]:
@@ -22,11 +23,32 @@ def _of_rows(context: RunContext, losses: ResolvedLosses, corpus: Corpus) -> Ite
         shares = aligned_shares(corpus.examples)
         readers = [term.name for term in losses if term.reads_alignment]
         yield messages.two_tokenizers(rows, shares.spans, shares.pairs, context.recipe.align.use, readers)
+        yield from _of_entries(context, losses)
         return
     yield messages.one_tokenizer(rows)
-    student, teacher = context.models.student.vocab_size, context.models.teacher.vocab_size
+    student, teacher = _heads(context)
     if (entries := shared_entries(context, student, teacher)) is not None:
         yield messages.padded_heads(student, teacher, entries)
+
+
+def _of_entries(context: RunContext, losses: ResolvedLosses) -> Iterator[str]:
+    """How far the maps between two vocabularies reach, and which losses read them. Raises RecipeError: not at all."""
+    names = sorted(frozenset[EntryMap]().union(*(term.needs.entries for term in losses)))
+    if not names:
+        return
+    heads = _heads(context)
+    maps = entries_of(context, context.student, names, heads)
+    check_entries(losses, maps)
+    for name in names:
+        role, head = (context.student, heads[0]) if name == "nearest_in_teacher" else (context.teacher, heads[1])
+        readers = [term.name for term in losses if name in term.needs.entries]
+        entries = min(head, len(role.encoder.tokenizer))
+        yield messages.mapped_entries(role.name, int((maps[name] >= 0).sum()), entries, name == "same_text", readers)
+
+
+def _heads(context: RunContext) -> tuple[int, int]:
+    """How many entries the heads of student and teacher have."""
+    return context.models.student.vocab_size, context.models.teacher.vocab_size
 
 
 def _of_teacher(context: RunContext, losses: ResolvedLosses) -> Iterator[str]:

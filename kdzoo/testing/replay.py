@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from kdzoo.api.batch import Batch, Side
+from kdzoo.api.entries import EntryMap
 from kdzoo.api.head import HEAD_WEIGHT, Head
 from kdzoo.api.loss import Loss, Needs, Visited
 from kdzoo.api.models import AbsentModel, Heads, ModelInfo, ModelPair, Role, Vocabulary
@@ -85,6 +86,7 @@ def replay(
     same_tokens: bool,
     pairs: Any = None,
     student_ids: Any = None,
+    teacher_ids: Any = None,
     only: Collection[str] | None = None,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Replay:
@@ -93,8 +95,9 @@ def replay(
     `weights` sets the trainable parameters by name (`dskd.query.weight`): all of them, so that none is left to
     chance. `artifacts` holds the tensors of the stages that the losses name in their needs. `pairs` [P, 2] are the
     aligned tokens (the student's, the teacher's), counted over the scored positions, and `student_ids` [W] the
-    student's token for each of the teacher's, -1 for none; by default everything is its own partner where there is
-    one tokenizer, and nothing has one where there are two. `only` keeps these terms (`<slot>/<term>`) and drops the
+    student's token for each of the teacher's, -1 for none, `teacher_ids` [V] the teacher's for each of the student's:
+    whatever maps of entries the losses declare. By default everything is its own partner where there is one tokenizer,
+    and nothing has one where there are two. `only` keeps these terms (`<slot>/<term>`) and drops the
     others, for recordings of single components. What does not fit together is a `KdzooError` of one line.
     """
     sides: dict[Role, Recorded | None] = {"student": student, "teacher": teacher}
@@ -108,8 +111,13 @@ def replay(
         tensors["student"].info if "student" in tensors else AbsentModel("student"),
         tensors["teacher"].info if "teacher" in tensors else AbsentModel("teacher"),
         same_tokens,
-        _student_ids(student_ids, tensors, same_tokens) if len(tensors) == 2 else None,
     )
+    if len(tensors) == 2:
+        v, w = (len(tensors[model].head) for model in get_args(Role))
+        in_student = _partners(student_ids, w, v, same_tokens)
+        maps: dict[EntryMap, Tensor] = dict.fromkeys(("same_text", "nearest_in_student"), in_student)
+        maps["nearest_in_teacher"] = _partners(teacher_ids, v, w, same_tokens)
+        pair = replace(pair, ids_in_student=in_student, known_entries=maps)
     states = {
         stage: {name: torch.as_tensor(value).to(dtype) for name, value in state.items()}
         for stage, state in (artifacts or {}).items()
@@ -243,11 +251,12 @@ def _batch(sides: Mapping[str, Side], same_tokens: bool, recorded: Any) -> Batch
     return replace(batch, counts=batch.local_counts())
 
 
-def _student_ids(recorded: Any, tensors: Mapping[Role, _Tensors], same_tokens: bool) -> Tensor:
+def _partners(recorded: Any, size: int, others: int, same_tokens: bool) -> Tensor:
+    """[size] of each entry that of the other vocabulary, which has `others`: as recorded, or itself."""
     if recorded is not None:
         return torch.as_tensor(recorded).long()
-    entries = torch.arange(len(tensors["teacher"].head))
-    return torch.where(entries < (len(tensors["student"].head) if same_tokens else 0), entries, -1)
+    entries = torch.arange(size)
+    return torch.where(entries < (others if same_tokens else 0), entries, -1)
 
 
 def valid_params(address: str, plugin: type[Plugin], given: Mapping[str, Any]) -> Params:

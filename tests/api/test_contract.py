@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 
 from kdzoo import KdzooError, ModelInfo, Params, Terms
-from kdzoo.api.models import AbsentModel
+from kdzoo.api.models import AbsentModel, ModelPair
 
 # Terms.
 
@@ -84,6 +84,15 @@ def test_a_size_of_an_absent_model_is_one_clear_line():
     for size in ("width", "vocab_size", "layers", "model_type", "vocabulary"):
         with pytest.raises(KdzooError, match=r"^a loss reads the student's '\w+' in a stage that has no student; use"):
             getattr(absent, size)
+
+
+def test_a_map_of_entries_that_is_not_declared_is_one_clear_line():
+    info = ModelInfo(4, 3, 1, "test")
+    pair = ModelPair(info, info, True, None, {"same_text": torch.arange(3)})
+    assert pair.entries("same_text").tolist() == [0, 1, 2]
+    message = r"^a loss reads the map of entries 'nearest_in_student'; name it under 'entries' in its 'needs'$"
+    with pytest.raises(KdzooError, match=message):
+        pair.entries("nearest_in_student")
 
 
 def test_a_vocabulary_that_is_not_declared_is_one_clear_line():

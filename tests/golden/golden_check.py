@@ -11,9 +11,12 @@ import golden_between_blocks
 import golden_divergences
 import golden_dskd
 import golden_dskd_v2
+import golden_min_ed
 import golden_multilevel_ot
 import golden_newer_divergences
+import golden_ranking
 import golden_residual
+import golden_simple_ctkd
 import golden_uld
 import pytest
 from golden_files import INDEPENDENT, NOT_COVERED, Golden, Pair
@@ -24,9 +27,12 @@ COVERED: dict[str, Callable[[Golden], Iterator[Pair]]] = {
     **golden_divergences.COVERED,
     **golden_dskd.COVERED,
     **golden_dskd_v2.COVERED,
+    **golden_min_ed.COVERED,
     **golden_multilevel_ot.COVERED,
     **golden_newer_divergences.COVERED,
+    **golden_ranking.COVERED,
     **golden_residual.COVERED,
+    **golden_simple_ctkd.COVERED,
     **golden_uld.COVERED,
 }
 """Source function -> our values beside the file's."""

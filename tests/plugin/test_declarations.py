@@ -99,6 +99,7 @@ def test_a_loss_declares_what_it_reads_and_where_it_differs(site, tmp_path):
         "facts": ["teacher.top1"],
         "aligned": False,
         "vocabularies": False,
+        "entries": [],
         "statistics": False,
         "artifacts": [],
     }

@@ -19,6 +19,7 @@ READS = {
     "facts": [],
     "aligned": False,
     "vocabularies": False,
+    "entries": [],
     "statistics": False,
     "artifacts": ["projectors"],
 }
@@ -55,6 +56,13 @@ def test_a_paper_without_an_address_stands_as_it_is():
     assert "| folklore; of old, as they say | one or two |" in rendered(
         declare("shift", paper="folklore; of old, as they say")
     )
+
+
+def test_maps_of_entries_are_read_of_the_vocabularies():
+    reads = READS | {"entries": ["nearest_in_student"]}
+    shown = rendered(declare("shift", needs={"one": reads, "two": reads}))
+    assert "| logits, states, vocabularies, a stage |" in shown
+    assert "the map of entries `nearest_in_student`" in shown
 
 
 def test_a_section_says_what_is_read_and_when():

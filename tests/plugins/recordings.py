@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kdzoo import Logits, Loss, ModelInfo, ModelPair
+from kdzoo.api.entries import EntryMap
 from kdzoo.testing import Recorded, Replay, replay
 
 S, D = 5, 6  # widths of student and teacher
@@ -117,10 +118,14 @@ def assert_same(found: Replay, loss: Tensor, leaves: Mapping[str, Tensor], at: f
         torch.testing.assert_close(ours, theirs, rtol=at, atol=at, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def make_pair(v: int, w: int, student_ids: Tensor | None = None, same_tokens: bool = True) -> ModelPair:
-    """For a loss that is called by itself: a student with v entries and a teacher with w."""
+def make_pair(
+    v: int, w: int, student_ids: Tensor | None = None, same_tokens: bool = True, entries: EntryMap | None = None
+) -> ModelPair:
+    """For a loss that is called by itself: a student with v entries and a teacher with w. `entries`: what the map
+    `student_ids` is called."""
     student, teacher = ModelInfo(S, v, 1, "recorded"), ModelInfo(D, w, 1, "recorded")
-    return ModelPair(student, teacher, same_tokens, student_ids)
+    known = {} if entries is None or student_ids is None else {entries: student_ids}
+    return ModelPair(student, teacher, same_tokens, student_ids, known)
 
 
 def seen(**logits: Tensor) -> dict[str, Logits]:

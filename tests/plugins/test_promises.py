@@ -100,6 +100,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"projector": "always", "distance": "cka"},
     ],
     "js": [{"teacher_weight": 0.0}, {"teacher_weight": 1.0}, {"teacher_weight": 0.1}],
+    "min_ed": [
+        {"several": "first", "agree": "input", "temperature": 1.0},
+        {"entries": "nearest_in_teacher", "agree": "pair"},
+        {"entries": "same_text", "gold": False},
+    ],
     "multilevel_ot": [
         {"matching": "rank"},
         {"matching": "rank_batch", "k": 10},
@@ -115,6 +120,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"target": "teacher", "reconstruction_weight": 0.5},
         {"init": "pca", "width": 8},
     ],
+    "ranking": [{"k": 3}, {"asks": "both"}],
     "residual": [
         {"beta": "row", "beta_gradient": True},
         {"beta": "batch"},
@@ -132,6 +138,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"wrong": "entropy"},
     ],
     "reverse_kl": [{"temperature": 2.0}],
+    "simple_ctkd": [
+        {"divergence": "adaptive_kl", "head_mass": 0.3, "temperature": 2.0},
+        {"divergence": "skew_reverse_kl", "skew": 0.3, "rest": "one_entry"},
+        {"mean": "tokens"},
+    ],
     "skew_forward_kl": [{"skew": 0.0}, {"skew": 0.5}],
     "skew_reverse_kl": [{"skew": 0.0}],
     "taid": [
@@ -140,6 +151,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"adaptive": False, "t_start": 0.0},
     ],
     "todi": [{"temperature": 2.0, "beta": 0.3}],
+    "top1_ce": [{"temperature": 2.0}],
     "total_variation": [
         {"temperature": 2.0},
     ],

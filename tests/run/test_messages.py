@@ -35,6 +35,21 @@ def test_padded_heads_show_three_sizes():
     )
 
 
+@pytest.mark.parametrize(
+    ("model", "same_text", "line"),
+    [
+        ("teacher", True, "entries: 41,950 of the teacher's 151,646 (27.7%) are in both vocabularies ('kd')"),
+        (
+            "student",
+            False,
+            "entries: 41,950 of the student's 151,646 (27.7%) have one that is near ('kd')",
+        ),
+    ],
+)
+def test_a_map_of_entries_shows_how_many_have_a_partner(model, same_text, line):
+    assert messages.mapped_entries(model, 41950, 151646, same_text, ["kd"]) == line
+
+
 def test_a_mixture_shows_which_state_each_loss_reads():
     assert messages.mixture(8, {"residual": "mean", "kd": None}) == (
         "teacher: a mixture of 8 experts; 'residual' reads 'mean'; 'kd' reads its own state"

@@ -138,6 +138,16 @@ class UnreadStage(Broken):
         return Needs(tokenizers="same", artifacts={"projectors": {}})
 
 
+class UnreadEntries(Broken):
+    """Declares a map between vocabularies that it does not read."""
+
+    name = "unread_entries"
+
+    @classmethod
+    def needs(cls, params, same_tokens):
+        return Needs(tokenizers="same", entries=frozenset({"same_text"}))
+
+
 class NotAligned(Broken):
     """Reads pairs of the aligner and does not say so."""
 
@@ -553,6 +563,7 @@ BROKEN = (
     NotCalled,
     Unread,
     UnreadStage,
+    UnreadEntries,
     NotAligned,
     ColumnByColumn,
     NothingLearns,

@@ -30,6 +30,7 @@ from kdzoo.testing.promises.watch import (
     Reads,
     Untouched,
     intercepted,
+    with_heard_entries,
     with_heard_vocabularies,
 )
 from kdzoo.testing.promises.world import FIVE_TOKENS, LENGTHS, SLOT, Outcome, Recording, World, clone
@@ -149,7 +150,7 @@ class Watched(dict[str, Tensor]):
 def needs(world: World) -> str:
     """What is declared is read, and only that."""
     reads, heard = Reads(), World(world.subject, world.same_tokens)
-    heard.pair = with_heard_vocabularies(world.pair, reads.vocabulary)
+    heard.pair = with_heard_entries(with_heard_vocabularies(world.pair, reads.vocabulary), reads.entries)
     heard.artifacts = Heard(world.artifacts, reads.artifacts.add)
     term = intercepted(heard.term(), reads.around)
     recording = world.recorded(term, world.batch())
@@ -182,6 +183,8 @@ def _unread(term: LossTerm, reads: Reads) -> Iterator[str]:
         yield f"the stage '{stage}' is declared and its tensors are not read; take it out of 'artifacts'"
     if declared.vocabularies and not reads.vocabulary:
         yield "'vocabularies' is declared and none is read; take it out"
+    for name in sorted(declared.entries - reads.entries):
+        yield f"the map of entries '{name}' is declared and not read; take it out"
 
 
 def _sites(declared: Needs, model: str) -> frozenset[str]:

@@ -56,6 +56,7 @@ class Reads:
     streams: set[str] = field(default_factory=set)
     """The streams that it made."""
     vocabulary: set[str] = field(default_factory=set)
+    entries: set[str] = field(default_factory=set)
     artifacts: set[str] = field(default_factory=set)
 
     def around(self, name: str, original: Callable[..., Any], arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -80,6 +81,10 @@ class Heard(dict[str, Any]):
     def __init__(self, content: Mapping[str, Any], tell: Callable[[str], None]) -> None:
         super().__init__(content)
         self._tell = tell
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Heard:
+        """Itself: a copy of a loss that holds it has read nothing by that."""
+        return self
 
     def __getitem__(self, key: str) -> Any:
         self._tell(key)
@@ -140,6 +145,11 @@ def with_heard_vocabularies(pair: ModelPair, heard: set[str]) -> ModelPair:
         return replace(info, known_vocabulary=copy)
 
     return replace(pair, student=of(pair.student), teacher=of(pair.teacher))
+
+
+def with_heard_entries(pair: ModelPair, heard: set[str]) -> ModelPair:
+    known: Any = Heard({str(name): partners for name, partners in pair.known_entries.items()}, heard.add)
+    return replace(pair, known_entries=known)
 
 
 @dataclass

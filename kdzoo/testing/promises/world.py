@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdzoo.api.batch import Batch, Side
+from kdzoo.api.entries import EntryMap
 from kdzoo.api.head import HEAD_WEIGHT, Head
 from kdzoo.api.loss import Loss, Needs
 from kdzoo.api.model_adapter import ModelAdapter
@@ -175,12 +176,19 @@ class World:
         texts = [f"{' ' if token % 2 else ''}t{token}" for token in range(STUDENT_VOCABULARY)]
         theirs = [text if token % 4 else f"{text}'" for token, text in enumerate(texts)]
         words = (texts, texts if self.same_tokens else theirs[:TEACHER_VOCABULARY])
-        entries = torch.arange(self.vocabulary[1])
+        v, w = (torch.arange(size) for size in self.vocabulary)
+        same = torch.where((w % 4 > 0) | (w == 0) | self.same_tokens, w, -1)
+        maps: dict[EntryMap, Tensor] = {
+            "same_text": same,
+            "nearest_in_student": torch.where(same >= 0, same, w - 1),
+            "nearest_in_teacher": torch.where((v % 4 > 0) | (v == 0) | self.same_tokens, v, v - 1) % len(w),
+        }
         return ModelPair(
             self._info(self.student, 0, words[0]) if self.has_student else AbsentModel("student"),
             self._info(self.teacher, 1, words[1]),
             self.same_tokens,
-            torch.where((entries % 4 > 0) | (entries == 0) | self.same_tokens, entries, -1),
+            same,
+            {name: maps[name] for name in maps if name in self.needs.entries},
         )
 
     def _info(self, model: nn.Module, which: int, texts: Sequence[str]) -> ModelInfo:
