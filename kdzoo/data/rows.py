@@ -24,6 +24,8 @@ class Row:
     instruction: str
     input: str
     references: tuple[str, ...]
+    ended: bool = True
+    """Whether the response is whole. False: it was cut, and nobody learns to end there."""
 
 
 def load_rows(source: Source, address: str) -> list[Row]:

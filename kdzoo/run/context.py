@@ -19,6 +19,7 @@ from kdzoo.engine.config import check_zero, frozen_config
 from kdzoo.engine.distributed import rank_0_first, world
 from kdzoo.engine.frozen import FrozenModel, model_info
 from kdzoo.errors import ModelError, RecipeError
+from kdzoo.evaluate.answers import Candidates
 from kdzoo.evaluate.generation import require_positions
 from kdzoo.lora import add_lora
 from kdzoo.models.source import LocalModel, resolve_model
@@ -104,6 +105,11 @@ def open_context(recipe: Recipe, registry: Registry, device: torch.device) -> Ru
         aligner(aligner.Params.model_validate(recipe.align.params)),
         open_fusions(recipe, registry, teacher.folder),
     )
+    if recipe.stages.answers is not None:
+        wanted = Candidates.of(recipe.stages.answers, recipe.evaluation)
+        config = AutoConfig.from_pretrained(teacher.folder)
+        address = "stages.answers.max_new_tokens"
+        require_positions(config, recipe.data.max_prompt_length, wanted.max_new_tokens, address)
     for role in (teacher_role, student_role):
         config = AutoConfig.from_pretrained(role.model.folder)
         if config.model_type not in registry.model_adapters:

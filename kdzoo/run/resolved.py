@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from kdzoo.data.mixing import taken
 from kdzoo.errors import RecipeError
-from kdzoo.recipe.model import LossSlot, Stage
+from kdzoo.recipe.model import Answers, LossSlot, Recipe, Stage
 from kdzoo.run.context import RunContext
 from kdzoo.run.inputs import SourceRows, read_source
 from kdzoo.run.losses import ResolvedLosses, check_tokenizers, resolve_losses
@@ -40,6 +41,8 @@ class ResolvedRecipe:
     """`teacher` and `sft`, where the recipe has them."""
     artifacts: Mapping[str, Mapping[str, ResolvedStage]]
     """Term of `distill` that needs some -> artifact stage -> the stage, with the term's own parameters and fusion."""
+    answers: Answers | None
+    """How the teacher answers rows of `distill`, where the recipe asks for it."""
     held_out: SourceRows | None
     sets: Mapping[str, SourceRows]
     """The evaluation sets."""
@@ -50,6 +53,7 @@ def resolve_recipe(context: RunContext) -> ResolvedRecipe:
     recipe = context.recipe
     distill = resolve_losses(context, recipe.losses)
     check_tokenizers(context, distill)
+    _check_answers_are_there(recipe, distill)
     alone = {name: _losses_alone(context, name, recipe.stages[name]) for name in ALONE if name in recipe.stages}
     artifacts = {
         term.name: {
@@ -61,6 +65,8 @@ def resolve_recipe(context: RunContext) -> ResolvedRecipe:
     }
     sets = {name: read_source(source, f"evaluation.sets.{name}") for name, source in recipe.evaluation.sets.items()}
     sources = _sources(context)
+    if recipe.stages.answers is not None:
+        _check_share(recipe.stages.answers, sources["distill"])
     held_out = None if recipe.data.held_out is None else read_source(recipe.data.held_out, "data.held_out")
 
     def stage(name: str, losses: ResolvedLosses) -> ResolvedStage:
@@ -75,9 +81,27 @@ def resolve_recipe(context: RunContext) -> ResolvedRecipe:
             term: {name: stage(name, losses) for name, losses in by_stage.items()}
             for term, by_stage in artifacts.items()
         },
+        answers=recipe.stages.answers,
         held_out=held_out,
         sets=sets,
     )
+
+
+def _check_answers_are_there(recipe: Recipe, losses: ResolvedLosses) -> None:
+    for term in losses:
+        if term.needs.answers and recipe.stages.answers is None:
+            raise RecipeError(
+                f"losses.{term.name}: '{term.entry.use}' learns from the teacher's answers, and no stage generates "
+                "them; add 'stages.answers', or take another loss"
+            )
+
+
+def _check_share(answers: Answers, source: SourceRows) -> None:
+    if not taken(len(source.rows), answers.share):
+        raise RecipeError(
+            f"stages.answers.share: {answers.share:g} of {len(source.rows)} rows is none, so that nobody uses an "
+            "answer; raise it, or remove the stage"
+        )
 
 
 def _sources(context: RunContext) -> dict[str, SourceRows]:
@@ -88,7 +112,7 @@ def _sources(context: RunContext) -> dict[str, SourceRows]:
         for name, stage in recipe.stages.items()
         if stage.data is not None
     }
-    others = [name for name in recipe.stages if name not in own]
+    others = [name for name, _ in recipe.stages.items() if name not in own]
     return own | (dict.fromkeys(others, read_source(recipe.data.train, "data.train")) if others else {})
 
 
@@ -101,6 +125,11 @@ def _losses_alone(context: RunContext, name: str, stage: Stage) -> ResolvedLosse
         if term.reads_teacher:
             raise RecipeError(
                 f"stages.{name}.losses.{term.name}: '{term.entry.use}' reads a teacher; there is none here"
+            )
+        if term.needs.answers:
+            raise RecipeError(
+                f"stages.{name}.losses.{term.name}: '{term.entry.use}' learns from the teacher's answers, which only "
+                "rows of 'distill' have; take another loss"
             )
     return losses
 
