@@ -132,7 +132,7 @@ def _plain(loss: type[Loss], params: Params, same_tokens: bool) -> dict[str, Any
         "aligned": needs.aligned,
         "vocabularies": needs.vocabularies,
         "statistics": loss.reads_statistics(),
-        "artifacts": sorted(needs.artifacts),
+        "artifacts": sorted({*needs.artifacts, *(["answers"] if needs.answers else [])}),
     }
 
 
