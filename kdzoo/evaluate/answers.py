@@ -135,7 +135,7 @@ def log_likelihoods(
 
 def _answer(found: Continuation, logprob: float) -> OwnAnswer:
     # A cut may fall into a character, whose first bytes are no text.
-    text = found.text if found.ended else found.text.rstrip("\N{REPLACEMENT CHARACTER}")
+    text = found.text if found.ended else found.text.rstrip("\N{REPLACEMENT CHARACTER}").rstrip()
     return OwnAnswer(text, found.ended, len(found.ids), logprob)
 
 
