@@ -15,7 +15,7 @@ from kdzoo.api.fusion import Fusion
 from kdzoo.api.models import ModelInfo
 from kdzoo.data.encode import Encoder
 from kdzoo.data.tokenizer import load_tokenizer, same_tokens
-from kdzoo.engine.config import check_zero, frozen_config
+from kdzoo.engine.config import check_zero, frozen_config, generating_config
 from kdzoo.engine.distributed import rank_0_first, world
 from kdzoo.engine.frozen import FrozenModel, model_info
 from kdzoo.errors import ModelError, RecipeError
@@ -181,11 +181,11 @@ def shared_entries(context: RunContext, student: int, teacher: int) -> int | Non
 
 
 def open_frozen(context: RunContext, weights: Weights, always_sharded: bool) -> FrozenModel:
-    """A model that only runs, sharded as `distill` is. On a single rank, evaluation reads it without sharding, where it
-    is whole anyway."""
+    """A model that only runs, sharded as `distill` is; not `always_sharded`: one that may also generate. On a single
+    rank that one is read without sharding, where it is whole anyway."""
     config = frozen_config(context.recipe, context.recipe.stages["distill"])
-    if not always_sharded and world() == 1:
-        config = {**config, "zero_optimization": {"stage": 0}}
+    if not always_sharded:
+        config = {**config, "zero_optimization": {"stage": 0}} if world() == 1 else generating_config(config)
     return FrozenModel(
         weights.folder,
         context.registry.model_adapters,
