@@ -100,6 +100,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"wrong": "entropy"},
     ],
     "reverse_kl": [{"temperature": 2.0}],
+    "seq_kd": [{"reduction": "sequences"}],
     "skew_forward_kl": [{"skew": 0.0}, {"skew": 0.5}],
     "skew_reverse_kl": [{"skew": 0.0}],
     "total_variation": [
