@@ -415,9 +415,11 @@ def _schema_of_recipes(plugins: Sequence[Path]) -> dict[str, Any]:
 
 def _summary(recipe: Recipe) -> str:
     losses = ", ".join(_term(name, slot) for name, slot in recipe.losses.items())
-    places = {"teacher": 0, "sft": 1, "distill": 3}  # what makes an artifact stands between, as it runs
-    in_order = sorted(recipe.stages.items(), key=lambda item: places.get(item[0], 2))
-    stages = ", ".join(_length(name, stage) for name, stage in in_order)
+    places = {"teacher": 0, "sft": 1, "answers": 2, "distill": 4}  # what makes an artifact stands between, as it runs
+    lengths = {name: _length(name, stage) for name, stage in recipe.stages.items()}
+    if recipe.stages.answers is not None:
+        lengths["answers"] = f"answers ({recipe.stages.answers.share:.0%} of the rows)"
+    stages = ", ".join(lengths[name] for name in sorted(lengths, key=lambda name: places.get(name, 3)))
     models = f"{_model(recipe.student)}{_lora(recipe.student)} learns from {_model(recipe.teacher)}"
     return f"'{recipe.title}': {models}; losses {losses}; stages {stages}; {recipe.precision}"
 

@@ -37,6 +37,8 @@ class Needs:
     """Whether pairs or spans of the aligner are read."""
     artifacts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Stages whose trained module this loss receives, with the parameters it insists on."""
+    answers: bool = False
+    """Whether the loss makes sense only on rows whose responses are the teacher's answers: the stage `answers`."""
     tokens: Literal["response", "sequence"] = "response"
     """Of a stage on the teacher alone: which tokens are scored, those of responses or every real one."""
     vocabularies: bool = False

@@ -225,7 +225,7 @@ def _stand_in(pad_id: int) -> Side:
 
 def _encode(rows: Sequence[Row], encoder: Encoder, address: str) -> list[Encoded]:
     prompts = [prompt_of(row, encoder.data.template, encoder.tokenizer) for row in rows]
-    encoded = encoder.encode(prompts, [row.references[0] for row in rows])
+    encoded = encoder.encode(prompts, [row.references[0] for row in rows], [row.ended for row in rows])
     silent = [row for row, tokens in zip(rows, encoded, strict=True) if not tokens.ends]
     if silent:
         count = "1 row has" if len(silent) == 1 else f"{len(silent)} rows have"

@@ -21,7 +21,9 @@ class Encoded:
     ids: Sequence[int]
     prompt_length: int
     starts: Sequence[int]  # first character of each response token in `text`; 0 for one that began in the prompt
-    ends: Sequence[int]  # one past its last character; the end-of-sequence token stands at (len(text), len(text))
+    ends: Sequence[
+        int
+    ]  # one past its last character; the end-of-sequence token, if any, stands at (len(text), len(text))
     text: str  # the whole response, also where its tokens were cut
 
     @property
@@ -41,16 +43,21 @@ class Encoder:
         self.tokenizer = tokenizer
         self.data = data
 
-    def encode(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Encoded]:
+    def encode(
+        self, prompts: Sequence[str], responses: Sequence[str], ended: Sequence[bool] | None = None
+    ) -> list[Encoded]:
         """Of every prompt its first `max_prompt_length` tokens, of both together `max_length`.
 
+        `ended` tells of every response whether the end-of-sequence token follows it. None: it follows all.
         A response that is empty, or that finds no place, comes back without response tokens: the caller knows
         its row.
         """
         texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
         return [
-            self._joined(encoding, prompt, response)
-            for encoding, prompt, response in zip(self._encodings(texts), prompts, responses, strict=True)
+            self._joined(encoding, prompt, response, end)
+            for encoding, prompt, response, end in zip(
+                self._encodings(texts), prompts, responses, ended or [True] * len(texts), strict=True
+            )
         ]
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -72,7 +79,7 @@ class Encoder:
         assert batch.encodings is not None
         return batch.encodings
 
-    def _joined(self, encoding: Encoding, prompt: str, response: str) -> Encoded:
+    def _joined(self, encoding: Encoding, prompt: str, response: str, ended: bool) -> Encoded:
         tokens = _without_closing(encoding)
         boundary = len(prompt)
         prompt_ids = [token for token, _, _ in takewhile(lambda token: token[2] <= boundary, tokens)]
@@ -80,7 +87,7 @@ class Encoder:
             (token, max(start - boundary, 0), max(end - boundary, 0)) for token, start, end in tokens[len(prompt_ids) :]
         ]
         prompt_ids = prompt_ids[: self.data.max_prompt_length]
-        if response:
+        if response and ended:
             eos = self.tokenizer.eos_token_id
             assert isinstance(eos, int)
             answer.append((eos, len(response), len(response)))

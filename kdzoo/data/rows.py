@@ -29,6 +29,8 @@ class Row:
     references: tuple[str, ...]
     columns: Mapping[str, Numbers] = field(default_factory=dict)
     """What else was asked for: a number of the row, or one for each of its response's tokens."""
+    ended: bool = True
+    """Whether the response is whole. False: it was cut, and nobody learns to end there."""
 
 
 def load_rows(source: Source, address: str, columns: Sequence[str] = ()) -> list[Row]:

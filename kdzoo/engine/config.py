@@ -37,6 +37,15 @@ def frozen_config(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     return config | {"zero_optimization": zero}
 
 
+def generating_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The same for a model that generates between its other passes.
+
+    ZeRO-3 fetches ahead in the order of an earlier pass, generation included. What it then fetches in vain is still in
+    flight when the head is gathered, and the next pass fails.
+    """
+    return config | {"zero_optimization": {**config.get("zero_optimization", {}), "stage3_prefetch_bucket_size": 0}}
+
+
 def check_zero(recipe: Recipe) -> None:
     """Refuse what DeepSpeed's own model of `zero_optimization` refuses, in one line, before anything is loaded."""
     for name, stage in recipe.stages.items():

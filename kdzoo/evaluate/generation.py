@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
@@ -33,6 +34,20 @@ from kdzoo.errors import ModelError
 from kdzoo.recipe.model import Decoding
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """What a model has said after a prompt, in its own tokens and as text."""
+
+    prompt_ids: list[int]
+    """As the model has read them."""
+    ids: list[int]
+    """The new tokens, with the end-of-sequence token where the model has ended."""
+    text: str
+    """After the prompt, stripped."""
+    ended: bool
+    """Whether the model has ended it itself. False: it was cut after the most tokens."""
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -47,7 +62,38 @@ def generate(
     synced: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """The model's answer to every prompt, in their order: the text after the prompt, stripped.
+    """The model's answer to every prompt, in their order: the texts of `continue_prompts`."""
+    found = continue_prompts(
+        model,
+        tokenizer,
+        prompts,
+        decoding,
+        seed,
+        max_new_tokens=max_new_tokens,
+        max_prompt_length=max_prompt_length,
+        batch=batch,
+        add_special_tokens=add_special_tokens,
+        synced=synced,
+        on_batch=on_batch,
+    )
+    return [answer.text for answer in found]
+
+
+def continue_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    decoding: Decoding,
+    seed: int,
+    *,
+    max_new_tokens: int,
+    max_prompt_length: int,
+    batch: int,
+    add_special_tokens: bool,
+    synced: bool = False,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Continuation]:
+    """The model's continuation of every prompt, in their order.
 
     Prompts keep their first `max_prompt_length` tokens, as in training. `seed` matters where `decoding`
     samples; the global random state is neither read nor moved. Nothing of the model's own generation
@@ -71,7 +117,7 @@ def generate(
     end = tokenizer.eos_token_id
     assert isinstance(end, int), "training ends every answer with this token"
     config = _generation_config(model, tokenizer, max_new_tokens)
-    answers = [""] * len(texts)
+    answers: list[Continuation | None] = [None] * len(texts)
     done = 0
     with _ready_to_generate(model):
         for indices in batches:
@@ -79,20 +125,25 @@ def generate(
             draws = [_uniforms(seed, texts[i], max_new_tokens) for i in indices] if decoding.sample else []
             new = _continue(model, ids, mask, config, _processors(decoding, mask, draws), synced)
             for i, row in zip(indices, new.tolist(), strict=True):
-                answers[i] = answer_text(tokenizer, row)
+                answers[i] = _continuation(tokenizer, tokens[i], row)
             done = min(done + len(indices), len(prompts))
             if on_batch is not None:
                 on_batch(done)
-    return answers[: len(prompts)]
+    return [answer for answer in answers[: len(prompts)] if answer is not None]
 
 
-def require_positions(config: PreTrainedConfig, max_prompt_length: int, max_new_tokens: int) -> None:
+def require_positions(
+    config: PreTrainedConfig,
+    max_prompt_length: int,
+    max_new_tokens: int,
+    address: str = "evaluation.max_new_tokens",
+) -> None:
     """Raises ModelError where the longest prompt and its answer do not fit: worth asking before training."""
     # A family without positions of its own has no such key in its configuration.
     positions: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and max_prompt_length + max_new_tokens > positions:
         raise ModelError(
-            f"evaluation.max_new_tokens: {max_new_tokens} tokens after a prompt of {max_prompt_length} do "
+            f"{address}: {max_new_tokens} tokens after a prompt of {max_prompt_length} do "
             f"not fit the {positions} positions of the model; lower it, or 'data.max_prompt_length'"
         )
 
@@ -230,6 +281,13 @@ def _continue(
         synced_gpus=synced,
     )
     return whole[:, ids.shape[1] :]
+
+
+def _continuation(tokenizer: PreTrainedTokenizerFast, prompt: list[int], new: list[int]) -> Continuation:
+    """`new` goes on behind the end where others of the batch were longer."""
+    said = list(takewhile(lambda token: token != tokenizer.eos_token_id, new))
+    ended = len(said) < len(new)
+    return Continuation(prompt, new[: len(said) + ended], answer_text(tokenizer, said), ended)
 
 
 def answer_text(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:

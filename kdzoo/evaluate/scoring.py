@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from statistics import mean
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -26,6 +26,8 @@ from kdzoo.evaluate.rouge import mean_score, rouge_l
 from kdzoo.recipe.model import Decoding, Evaluation
 from kdzoo.step.chunks import CHUNK_BYTES
 from kdzoo.step.facts import predictions
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def score_answers(
                 lambda done, before=before: on_done(before + done),  # type: ignore[misc]
             )
             before += len(mine)
-            texts = _in_order(own, len(rows))
+            texts = in_order(own, len(rows))
             scores = rouge_l(texts, [row.references for row in rows])
             answers[name] += [
                 Answer(row.id, seed, prompt, text, list(row.references), score)
@@ -176,9 +178,7 @@ def copied_input(rows: Sequence[Row], decodings: Iterable[str]) -> Scored:
     return Scored(ModelScores(rouge_l=rouge, cross_entropy=None, token_accuracy=None), {"copy": answers})
 
 
-def _in_order(own: list[str], count: int) -> list[str]:
-    """Answers of all ranks, dealt out as row i to rank i mod ranks, back in the order of the rows."""
-    whole = [""] * count
-    for number, texts in enumerate(gathered(own)):
-        whole[number :: world()] = texts
-    return whole
+def in_order(own: Sequence[Item], count: int) -> list[Item]:
+    """Items of all ranks, dealt out as row i to rank i mod ranks, back in the order of the rows."""
+    dealt = gathered(own)
+    return [dealt[row % world()][row // world()] for row in range(count)]

@@ -136,7 +136,7 @@ def _plain(loss: type[Loss], params: Params, same_tokens: bool) -> dict[str, Any
         "vocabularies": needs.vocabularies,
         "entries": sorted(needs.entries),
         "statistics": loss.reads_statistics(),
-        "artifacts": sorted(needs.artifacts),
+        "artifacts": sorted({*needs.artifacts, *(["answers"] if needs.answers else [])}),
     }
 
 

@@ -5,6 +5,7 @@ No torch in this room. Field docstrings are the documentation of the keys.
 
 from __future__ import annotations
 
+from collections.abc import ItemsView
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -231,6 +232,46 @@ class Decoding(Section):
     """No n-gram of this length occurs twice in prompt and answer. 0: no limit. The literature samples with 6."""
 
 
+class Answers(Section):
+    """The teacher's own answers to the prompts of `distill`, which take the place of responses of the data."""
+
+    share: float = Field(default=1.0, gt=0, le=1)
+    """The share of the rows of `distill` whose response is the teacher's answer. The other rows keep the data's."""
+    seed: int = 0
+    """The seed of the order in which rows are taken for the share. A larger share keeps the rows of a smaller one."""
+    decoding: Decoding = Decoding()
+    """How answers are generated: one by greedy decoding, or one per sampling seed, of which the best one is kept."""
+    score: Literal["sum_logprob", "mean_logprob"] = "sum_logprob"
+    """What is largest of the best answer: the teacher's own log-likelihood of its tokens at temperature 1, summed, or
+    in the mean, which does not prefer short answers."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """The most tokens of an answer. An answer that is cut there is taught without an end. Default: the evaluation's."""
+    batch: int | None = Field(default=None, ge=1)
+    """Prompts per generation batch and rank. Default: the evaluation's."""
+
+
+class Stages(Section):
+    """Every stage by its name: those that train something, as a mapping, and `answers`."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, Stage] = Field(init=False)
+
+    answers: Answers | None = None
+    """Generates the teacher's answers, which rows of `distill` then have as their responses."""
+
+    def __getitem__(self, name: str) -> Stage:
+        return self.__pydantic_extra__[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.__pydantic_extra__
+
+    def get(self, name: str) -> Stage | None:
+        return self.__pydantic_extra__.get(name)
+
+    def items(self) -> ItemsView[str, Stage]:
+        return self.__pydantic_extra__.items()
+
+
 class Evaluation(Section):
     """What is scored at the end of a run."""
 
@@ -274,9 +315,9 @@ class Recipe(Section):
     """How much each token of a response counts, by names of your choice. A loss names the one that it is weighed by."""
     losses: dict[str, LossSlot]
     """The losses of the stage `distill`, by names of your choice."""
-    stages: dict[str, Stage]
-    """`distill`; optionally `teacher` (trains the teacher first) and `sft` (trains a student on the data alone, as a
-    baseline); and a stage for every artifact that a loss needs."""
+    stages: Stages
+    """`distill`; optionally `teacher` (trains the teacher first), `sft` (trains a student on the data alone, as a
+    baseline) and `answers` (generates the teacher's answers); and a stage for every artifact that a loss needs."""
     evaluation: Evaluation = Evaluation()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """DeepSpeed's own configuration, without the keys that the recipe sets."""

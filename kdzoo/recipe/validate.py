@@ -17,7 +17,7 @@ MODEL_SOURCES = ("name", "gguf_file", "gguf_package", "config", "layers")
 COMPANIONS = {"revision": "name", "subset": "dataset", "split": "dataset"}
 """Keys that mean nothing without another."""
 
-NAMED_STAGES = ("teacher", "sft", "distill")
+NAMED_STAGES = ("teacher", "sft", "answers", "distill")
 
 DEEPSPEED_KEYS = (
     "activation_checkpointing",
@@ -72,7 +72,7 @@ def faults(merged: Merged, schema: Mapping[str, Any]) -> list[str]:
     """All of them, sorted; none for a valid recipe. `schema` is the one for whole recipes."""
     errors = Draft202012Validator(schema).iter_errors(merged.document)
     lines = [line for error in errors for leaf in _leaves(error) for line in _schema_fault(merged, leaf)]
-    checks: Sequence[Callable[[Merged], Iterator[str]]] = (_models, _rows, _stages, _losses, _deepspeed)
+    checks: Sequence[Callable[[Merged], Iterator[str]]] = (_models, _rows, _stages, _answers, _losses, _deepspeed)
     lines += chain.from_iterable(check(merged) for check in checks)
     return sorted(set(lines))
 
@@ -191,6 +191,8 @@ def _stages(merged: Merged) -> Iterator[str]:
     if isinstance(merged.document.get("stages"), dict) and "distill" not in merged.document["stages"]:
         yield _missing(merged, ("stages", "distill"), "; every recipe has this stage")
     for at, stage in merged.objects("stages", "*"):
+        if at[-1] == "answers":
+            continue
         yield from _one_of(merged, at, stage, ("steps", "epochs"))
         name = str(at[-1])
         if name != "distill" and "checkpoint_every" in stage:
@@ -218,6 +220,22 @@ def _stages(merged: Merged) -> Iterator[str]:
             yield fault(merged, (*at, "losses"), "this stage trains the recipe's 'losses'; move them there")
         if name != "distill" and not stage.get("losses"):
             yield _missing(merged, (*at, "losses"), "; name the losses of this stage")
+
+
+def _answers(merged: Merged) -> Iterator[str]:
+    """What counts only where several answers are drawn must not be set where one is."""
+    for at, decoding in merged.objects("stages", "answers", "decoding"):
+        if not decoding.get("sample"):
+            for key in ("temperature", "top_p", "seeds"):
+                if key in decoding:
+                    yield fault(
+                        merged, (*at, key), "greedy decoding does not read it; set 'sample' to true, or remove it"
+                    )
+    for at, stage in merged.objects("stages", "answers"):
+        drawn = [decoding for _, decoding in merged.objects(*map(str, at), "decoding") if decoding.get("sample")]
+        if "score" in stage and not any(len(decoding.get("seeds", ())) > 1 for decoding in drawn):
+            advice = "let 'decoding' sample with several 'seeds', or remove it"
+            yield fault(merged, (*at, "score"), f"there is one candidate, so that nothing is chosen; {advice}")
 
 
 def _losses(merged: Merged) -> Iterator[str]:

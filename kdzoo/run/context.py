@@ -16,10 +16,11 @@ from kdzoo.api.model_adapter import ModelAdapter
 from kdzoo.api.models import ModelInfo, ModelPair
 from kdzoo.data.encode import Encoder
 from kdzoo.data.tokenizer import load_tokenizer, same_tokens
-from kdzoo.engine.config import check_zero, frozen_config
+from kdzoo.engine.config import check_zero, frozen_config, generating_config
 from kdzoo.engine.distributed import rank_0_first, world
 from kdzoo.engine.frozen import FrozenModel, model_info
 from kdzoo.errors import ModelError, RecipeError
+from kdzoo.evaluate.answers import Candidates
 from kdzoo.evaluate.generation import require_positions
 from kdzoo.lora import add_lora
 from kdzoo.models.source import LocalModel, resolve_model
@@ -100,6 +101,11 @@ def open_context(recipe: Recipe, registry: Registry, device: torch.device) -> Ru
         )
     teacher_role = ModelRole("teacher", teacher, _encoder(recipe, teacher, "teacher"), recipe.teacher.lora)
     student_role = ModelRole("student", student, _encoder(recipe, student, "student"), recipe.student.lora)
+    if recipe.stages.answers is not None:
+        wanted = Candidates.of(recipe.stages.answers, recipe.evaluation)
+        config = AutoConfig.from_pretrained(teacher.folder)
+        address = "stages.answers.max_new_tokens"
+        require_positions(config, recipe.data.max_prompt_length, wanted.max_new_tokens, address)
     for role in (teacher_role, student_role):
         config = AutoConfig.from_pretrained(role.model.folder)
         if config.model_type not in registry.model_adapters:
@@ -185,11 +191,11 @@ def shared_entries(context: RunContext, student: int, teacher: int) -> int | Non
 
 
 def open_frozen(context: RunContext, weights: Weights, always_sharded: bool) -> FrozenModel:
-    """A model that only runs, sharded as `distill` is. On a single rank, evaluation reads it without sharding, where it
-    is whole anyway."""
+    """A model that only runs, sharded as `distill` is; not `always_sharded`: one that may also generate. On a single
+    rank that one is read without sharding, where it is whole anyway."""
     config = frozen_config(context.recipe, context.recipe.stages["distill"])
-    if not always_sharded and world() == 1:
-        config = {**config, "zero_optimization": {"stage": 0}}
+    if not always_sharded:
+        config = {**config, "zero_optimization": {"stage": 0}} if world() == 1 else generating_config(config)
     return FrozenModel(
         weights.folder,
         context.registry.model_adapters,

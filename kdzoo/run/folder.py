@@ -3,6 +3,7 @@
     recipe.json            the resolved recipe
     environment.json       versions, plugins, commits, device, command line
     metrics.jsonl          one object per optimizer step of `distill`; other stages: metrics-<stage>.jsonl
+    answers.jsonl          the teacher's answers that rows of `distill` have, where a stage makes them
     predictions/           <set>.<model>.<decoding>.jsonl
     scores.json
     checkpoints/ student/  the engine's, and the exported student
@@ -122,6 +123,13 @@ class RunFolder:
             self.predictions.mkdir(exist_ok=True)
             with path.open("w", encoding="utf-8") as file:
                 file.writelines(_json_line(asdict(answer)) for answer in answers)
+        return path
+
+    def write_answers(self, answers: Iterable[Mapping[str, Any]]) -> Path:
+        """One JSON object per answer that rows were trained on."""
+        path = self.path / "answers.jsonl"
+        with _writing(self.path), path.open("w", encoding="utf-8") as file:
+            file.writelines(map(_json_line, answers))
         return path
 
     def log_step(self, metrics: Mapping[str, float], stage: str) -> None:

@@ -130,10 +130,11 @@ def aligned_shares(examples: Sequence[Example]) -> AlignedShares:
 
 
 def rows_fingerprint(rows: Sequence[Row]) -> str:
-    """A hash of the text of the rows."""
+    """A hash of the text of the rows, and of which responses were cut."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(json.dumps([row.instruction, row.input, row.references], ensure_ascii=False).encode())
+        cut = [] if row.ended else ["cut"]
+        digest.update(json.dumps([row.instruction, row.input, row.references, *cut], ensure_ascii=False).encode())
     return digest.hexdigest()[:20]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 
@@ -54,6 +54,34 @@ def teacher_accuracy(accuracy: float) -> str:
 
 def found_in_cache(stage: str, folder: Path) -> str:
     return f"{stage}: trained before, found in the cache ({folder})"
+
+
+def answers_in_cache(found: int, parts: int) -> str:
+    return f"answers: made before, found in the cache ({found} of {parts} {'part' if parts == 1 else 'parts'})"
+
+
+def answers(rows: int, replaced: int, metrics: Mapping[str, float], max_new_tokens: int) -> Iterator[str]:
+    """`metrics` as they are logged of the stage."""
+    yield f"answers: {replaced:,} of {rows:,} rows have the teacher's answer as their response"
+    yield (
+        f"answers: {metrics['tokens']:.1f} tokens and a log-likelihood of {metrics['logprob_per_answer']:.2f} per "
+        f"answer, {metrics['logprob_per_token']:.3f} per token"
+    )
+    if metrics["cut"]:
+        yield f"answers: {metrics['cut']:.1%} cut after {max_new_tokens} tokens; no end is taught there"
+    if metrics["empty"]:
+        yield f"answers: {metrics['empty']:.1%} empty; these rows keep the data's response"
+
+
+def with_answers(text: str) -> str:
+    """What the overview says of the rows, once they have the teacher's answers."""
+    return f"with the teacher's answers: {text}"
+
+
+def trained_on(rows: int, name: str, replaced: int) -> str:
+    """For the model card; `replaced` rows have the teacher's answer as their response."""
+    found = f"{rows} rows of '{name}'"
+    return f"{found}; {replaced} of them with the teacher's own answer as the response" if replaced else found
 
 
 def artifact_report(stage: str, split: str, values: Mapping[str, float], cached: bool) -> str:

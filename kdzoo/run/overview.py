@@ -12,11 +12,11 @@ from kdzoo.run.losses import ResolvedLosses, check_entries, entries_of
 
 
 def overview(context: RunContext, losses: ResolvedLosses, corpus: Corpus) -> Iterator[str]:
-    yield from _of_rows(context, losses, corpus)
+    yield from of_rows(context, losses, corpus)
     yield from _of_teacher(context, losses)
 
 
-def _of_rows(context: RunContext, losses: ResolvedLosses, corpus: Corpus) -> Iterator[str]:
+def of_rows(context: RunContext, losses: ResolvedLosses, corpus: Corpus) -> Iterator[str]:
     """How the tokens of both models meet, and which losses read that."""
     rows = len(corpus.examples)
     if not context.same_tokens:

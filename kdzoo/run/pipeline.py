@@ -10,16 +10,19 @@ from kdzoo.data.collate import build_examples
 from kdzoo.engine import distributed
 from kdzoo.engine.close import release
 from kdzoo.engine.distributed import barrier, from_rank_0, rank, world
+from kdzoo.engine.frozen import FrozenModel
 from kdzoo.plugin.registry import load_plugins
 from kdzoo.recipe.load import LoadedRecipe
+from kdzoo.recipe.model import Answers
 from kdzoo.run import messages
+from kdzoo.run.answers import AnsweredRows, answered_rows
 from kdzoo.run.artifacts import make_artifacts, single_model
 from kdzoo.run.card import write_model_card
 from kdzoo.run.context import RunContext, Weights, open_context, open_frozen
 from kdzoo.run.export import save_trained
 from kdzoo.run.folder import RunFolder
 from kdzoo.run.inputs import Corpus, SourceRows, StageInputs, tokenise
-from kdzoo.run.overview import overview
+from kdzoo.run.overview import of_rows, overview
 from kdzoo.run.progress import print_message, print_scores
 from kdzoo.run.resolved import ResolvedRecipe, resolve_recipe
 from kdzoo.run.scoring import RunScores
@@ -54,6 +57,8 @@ class Run:
 
     corpus: Corpus
     held_out: Corpus | None
+    answered: AnsweredRows | None = None
+    """The rows of `distill` once they have the teacher's answers, where the recipe asks for them."""
 
     def __init__(
         self,
@@ -112,6 +117,8 @@ class Run:
         if "sft" in stages:
             sft = single_model(self.context, stages["sft"], student, untrained, self.log)
 
+        if self.resolved.answers is not None:
+            self.answer(self.resolved.answers, teacher, teacher_key)
         self.distill(teacher, teacher_key, untrained, sft)
 
         scores.copy_inputs()
@@ -122,11 +129,29 @@ class Run:
         scores.evaluate("student", self.exported(untrained), student, None)
         self.finish()
 
+    def answer(self, stage: Answers, teacher: Weights, teacher_key: str) -> None:
+        """Rows of `distill` get the teacher's own answers as their responses."""
+        context, source = self.context, self.corpus.source
+
+        def open_teacher() -> FrozenModel:
+            model = open_frozen(context, teacher, always_sharded=False)
+            self.scores.measure_teacher(model, source.rows)  # one that knows nothing has nothing to answer
+            return model
+
+        answered = self.answered = answered_rows(context, stage, source, teacher_key, open_teacher)
+        self.log("answers", 1, answered.metrics())
+        if self.folder is not None:
+            self.folder.write_answers(answered.to_json())
+        self.corpus = self.for_both_models(answered.source, self.resolved.distill.losses.columns)
+        if not context.same_tokens:
+            for text in of_rows(context, self.resolved.distill.losses, self.corpus):
+                self.print(messages.with_answers(text))
+
     def distill(self, teacher_weights: Weights, teacher_key: str, untrained: Path, sft: Path | None) -> None:
         """The stage that all this is for: teacher and student together; leaves the trained student's folder."""
         context, student = self.context, self.context.student
         teacher = open_frozen(context, teacher_weights, always_sharded=True)
-        self.scores.measure_teacher(teacher, self.corpus.source.rows)
+        self.scores.measure_teacher(teacher, self.resolved.distill.source.rows)
         artifacts = make_artifacts(context, self.resolved, teacher, teacher_key, self.log)
         inputs = StageInputs(student, untrained, teacher, self.corpus, artifacts)
         engine, _ = train_stage(context, self.resolved.distill, inputs, self.log, self.path / "checkpoints")
@@ -183,7 +208,11 @@ class Run:
             self.loaded.path.name,
             scores,
             teacher=context.teacher.model.description,
-            data=f"{len(trained_on.rows)} rows of '{train.lab or train.set or train.jsonl or train.dataset}'",
+            data=messages.trained_on(
+                len(trained_on.rows),
+                str(train.lab or train.set or train.jsonl or train.dataset),
+                0 if self.answered is None else self.answered.replaced,
+            ),
             base_model=self.recipe.student.name,
             lora=self.recipe.student.lora,
         )

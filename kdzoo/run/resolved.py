@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kdzoo.api.models import AbsentModel, ModelPair
+from kdzoo.data.mixing import taken
 from kdzoo.errors import RecipeError
-from kdzoo.recipe.model import LossSlot, Stage
+from kdzoo.recipe.model import Answers, LossSlot, Recipe, Stage
 from kdzoo.run.context import RunContext
 from kdzoo.run.inputs import SourceRows, read_source
 from kdzoo.run.losses import ResolvedLosses, check_tokenizers, resolve_losses
@@ -41,6 +42,8 @@ class ResolvedRecipe:
     """`teacher` and `sft`, where the recipe has them."""
     artifacts: Mapping[str, Mapping[str, ResolvedStage]]
     """Term of `distill` that needs some -> artifact stage -> the stage, with the term's own parameters and fusion."""
+    answers: Answers | None
+    """How the teacher answers rows of `distill`, where the recipe asks for it."""
     held_out: SourceRows | None
     sets: Mapping[str, SourceRows]
     """The evaluation sets."""
@@ -52,6 +55,7 @@ def resolve_recipe(context: RunContext) -> ResolvedRecipe:
     models = context.models
     distill = resolve_losses(context, recipe.losses, models, "losses")
     check_tokenizers(context, distill)
+    _check_answers_are_there(recipe, distill)
     alone = {name: _losses_alone(context, name, recipe.stages[name]) for name in ALONE if name in recipe.stages}
     artifacts = {
         term.name: {
@@ -68,6 +72,9 @@ def resolve_recipe(context: RunContext) -> ResolvedRecipe:
     }
     sets = {name: read_source(source, f"evaluation.sets.{name}") for name, source in recipe.evaluation.sets.items()}
     sources = _sources(context, {"distill": distill, **alone})
+    if recipe.stages.answers is not None:
+        _check_share(recipe.stages.answers, sources["distill"])
+        _check_columns(sources["distill"])
     held_out = None if recipe.data.held_out is None else read_source(recipe.data.held_out, "data.held_out")
 
     def stage(name: str, losses: ResolvedLosses) -> ResolvedStage:
@@ -82,22 +89,50 @@ def resolve_recipe(context: RunContext) -> ResolvedRecipe:
             term: {name: stage(name, losses) for name, losses in by_stage.items()}
             for term, by_stage in artifacts.items()
         },
+        answers=recipe.stages.answers,
         held_out=held_out,
         sets=sets,
     )
+
+
+def _check_answers_are_there(recipe: Recipe, losses: ResolvedLosses) -> None:
+    for term in losses:
+        if term.needs.answers and recipe.stages.answers is None:
+            raise RecipeError(
+                f"losses.{term.name}: '{term.entry.use}' learns from the teacher's answers, and no stage generates "
+                "them; add 'stages.answers', or take another loss"
+            )
+
+
+def _check_share(answers: Answers, source: SourceRows) -> None:
+    if not taken(len(source.rows), answers.share):
+        raise RecipeError(
+            f"stages.answers.share: {answers.share:g} of {len(source.rows)} rows is none, so that nobody uses an "
+            "answer; raise it, or remove the stage"
+        )
+
+
+def _check_columns(source: SourceRows) -> None:
+    """An answer has other tokens than the response that a row's numbers are of."""
+    lists = {name for row in source.rows for name, value in row.columns.items() if isinstance(value, tuple)}
+    for name in sorted(lists):
+        raise RecipeError(
+            f"{source.address}: field '{name}' has a number for each token of a response, which 'stages.answers' "
+            "replaces; give one number for each row"
+        )
 
 
 def _sources(context: RunContext, losses: Mapping[str, ResolvedLosses]) -> dict[str, SourceRows]:
     """The rows of every stage, with the columns that its losses read: its own, else those of `data.train`, which are
     read once."""
     recipe = context.recipe
-    columns = {name: losses[name].columns if name in losses else () for name in recipe.stages}
+    columns = {name: losses[name].columns if name in losses else () for name, _ in recipe.stages.items()}
     own = {
         name: read_source(stage.data, f"stages.{name}.data", columns[name])
         for name, stage in recipe.stages.items()
         if stage.data is not None
     }
-    others = [name for name in recipe.stages if name not in own]
+    others = [name for name, _ in recipe.stages.items() if name not in own]
     if not others:
         return own
     wanted = tuple(sorted({column for name in others for column in columns[name]}))
@@ -120,6 +155,11 @@ def _losses_alone(context: RunContext, name: str, stage: Stage) -> ResolvedLosse
         if term.reads_teacher:
             raise RecipeError(
                 f"stages.{name}.losses.{term.name}: '{term.entry.use}' reads a teacher; there is none here"
+            )
+        if term.needs.answers:
+            raise RecipeError(
+                f"stages.{name}.losses.{term.name}: '{term.entry.use}' learns from the teacher's answers, which only "
+                "rows of 'distill' have; take another loss"
             )
     return losses
 

@@ -45,7 +45,9 @@ class RunScores:
         return {name: self.scores[name] for name in ("train", HELD_OUT, *self.sets) if name in self.scores}
 
     def measure_teacher(self, teacher: FrozenModel, rows: Sequence[Row]) -> None:
-        """How well the teacher predicts the training rows. Raises ModelError for one that knows nothing."""
+        """How well the teacher predicts the training rows, once. Raises ModelError for one that knows nothing."""
+        if "train" in self.scores:
+            return
         context = self.context
         batch = context.recipe.evaluation.batch
         measured = rows[: min(MEASURED, batch * 8)]

@@ -99,3 +99,14 @@ def test_an_end_that_the_tokenizer_adds_itself_is_not_doubled(make_tokenizer: Ma
     ours, theirs = Encoder(tokenizer, data()), Encoder(plain, data())
     assert ours.encode(["Q"], ["A"])[0].ids == theirs.encode(["Q"], ["A"])[0].ids
     assert ours.encode_prompts(["Q"]) == theirs.encode_prompts(["Q"])
+
+
+@pytest.mark.parametrize("kind", ["bytes", "spaces"])
+def test_a_response_that_was_cut_has_no_end(kind: str, make_tokenizer: Make) -> None:
+    tokenizer = make_tokenizer(kind)
+    encoder = Encoder(tokenizer, data())
+    whole, cut = encoder.encode([PROMPT] * 2, ["Mont Blanc", "Mont Blanc"], [True, False])
+    assert whole.ids == [*cut.ids, tokenizer.eos_token_id]
+    assert (*cut.starts, 10) == tuple(whole.starts)
+    assert (*cut.ends, 10) == tuple(whole.ends)
+    assert encoder.encode([PROMPT], ["Mont Blanc"]) == [whole]

@@ -50,7 +50,11 @@ def takes_two_tokenizers(name: str) -> bool:
 
 
 def command(name: str, pair: str, settings: Sequence[str] = SHORTER) -> list[str]:
-    return [str(RECIPES / f"{name}.json"), "--on", str(RECIPES / "pairs" / f"{pair}.json"), *sets(*settings)]
+    recipe = RECIPES / f"{name}.json"
+    if load_recipe(recipe).recipe.stages.answers is not None:
+        # The likeliest answer of a teacher that is hardly trained is none.
+        settings = (*settings, "stages.answers.decoding.sample=true")
+    return [str(recipe), "--on", str(RECIPES / "pairs" / f"{pair}.json"), *sets(*settings)]
 
 
 def trained(folder: Path, name: str, pair: str, *flags: str, settings: Sequence[str] = SHORTER) -> Run:

@@ -22,6 +22,10 @@ SPLITS = {
     "offload": ('deepspeed.zero_optimization.offload_optimizer={"device": "cpu"}',),
 }
 """On one rank."""
+THREE_SETS = (
+    'evaluation.sets={"seen": {"limit": 4}, "longer": {"lab": "eval_longer", "limit": 4}, '
+    '"phrasing": {"lab": "eval_phrasing", "limit": 4}}'
+)
 TWO_RANKS = {"stage 2": ("deepspeed.zero_optimization.stage=2",), "bf16": ("precision=bf16",)}
 
 
@@ -73,6 +77,7 @@ def two_ranks(first: Run, warm: Path, tmp_path_factory: pytest.TempPathFactory) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDZOO_CACHE", str(warm))
         commands = {folder / name: [str(TINY), *without_scores(flags)] for name, flags in TWO_RANKS.items()}
+        commands[folder / "three sets"] = [str(TINY), *sets("stages.distill.steps=1", THREE_SETS)]
         return run_on_two_ranks(folder, commands)
 
 
@@ -81,6 +86,13 @@ def test_gradients_that_are_sharded_alone_give_the_losses_and_weights_of_one(
 ) -> None:
     assert two_ranks["stage 2"].read("environment.json")["ranks"] == 2
     assert_the_same(two_ranks["stage 2"], first)
+
+
+def test_a_sharded_model_generates_and_is_read_set_after_set(two_ranks: dict[str, Run]) -> None:
+    """ZeRO-3 remembers the order of its passes, which generation changes."""
+    scores = two_ranks["three sets"].read("scores.json")
+    for name in ("seen", "longer", "phrasing"):
+        assert scores[name]["student"]["cross_entropy"] > 0
 
 
 def test_bf16_trains_on_two_ranks_close_to_fp32(first: Run, two_ranks: dict[str, Run]) -> None:

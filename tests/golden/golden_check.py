@@ -16,6 +16,7 @@ import golden_multilevel_ot
 import golden_newer_divergences
 import golden_ranking
 import golden_residual
+import golden_seq_kd
 import golden_simple_ctkd
 import golden_uld
 import pytest
@@ -33,6 +34,7 @@ COVERED: dict[str, Callable[[Golden], Iterator[Pair]]] = {
     **golden_ranking.COVERED,
     **golden_residual.COVERED,
     **golden_simple_ctkd.COVERED,
+    **golden_seq_kd.COVERED,
     **golden_uld.COVERED,
 }
 """Source function -> our values beside the file's."""

@@ -143,6 +143,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"divergence": "skew_reverse_kl", "skew": 0.3, "rest": "one_entry"},
         {"mean": "tokens"},
     ],
+    "seq_kd": [{"reduction": "sequences"}],
     "skew_forward_kl": [{"skew": 0.0}, {"skew": 0.5}],
     "skew_reverse_kl": [{"skew": 0.0}],
     "taid": [

@@ -24,6 +24,9 @@ def lines(valid, declared):
 
 def test_a_valid_recipe_has_none(lines):
     assert lines({}) == []
+    assert lines({"stages": {"answers": {}}}) == []
+    several = {"score": "mean_logprob", "decoding": {"sample": True, "temperature": 0.7, "seeds": [1, 2]}}
+    assert lines({"stages": {"answers": several}}) == []
 
 
 KD = "'gold', 'needy', 'wide'"
@@ -48,6 +51,29 @@ CASES = {
     "a parameter of a parameter": (
         {"losses": {"kd": {"params": {"floor": {"at": 2}}}}},
         "losses.kd.params.floor.at: 2 is not a number ≥ 0 and ≤ 1 (set by patch.json)",
+    ),
+    "a share of no answers": (
+        {"stages": {"answers": {"share": 0}}},
+        "stages.answers.share: 0 is not a number > 0 and ≤ 1 (set by patch.json)",
+    ),
+    "a key of a stage that trains": (
+        {"stages": {"answers": {"steps": 3}}},
+        "stages.answers.steps: unknown key; known are 'batch', 'decoding', 'max_new_tokens', 'score', 'seed', 'share' "
+        "(set by patch.json)",
+    ),
+    "several answers of greedy decoding": (
+        {"stages": {"answers": {"decoding": {"seeds": [1, 2]}}}},
+        "stages.answers.decoding.seeds: greedy decoding does not read it; set 'sample' to true, or remove it "
+        "(set by patch.json)",
+    ),
+    "a choice of one": (
+        {"stages": {"answers": {"score": "mean_logprob", "decoding": {"sample": True, "seeds": [1]}}}},
+        "stages.answers.score: there is one candidate, so that nothing is chosen; let 'decoding' sample with several "
+        "'seeds', or remove it (set by patch.json)",
+    ),
+    "a misspelt stage of answers": (
+        {"stages": {"answer": {"steps": 1}}},
+        "stages.answer.use: missing key, did you mean 'answers'?",
     ),
     "a rank of nothing": (
         {"student": {"lora": {"rank": 0}}},

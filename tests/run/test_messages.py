@@ -85,3 +85,24 @@ def test_an_error_is_one_line_whatever_its_text():
     assert messages.tracker_disabled("wandb", OSError("no route")) == (
         "warning: the tracker 'wandb' failed and was disabled for this run (OSError: no route)"
     )
+
+
+def test_answers_are_told_in_lines_that_fit_a_screen():
+    metrics = {"tokens": 61.26, "cut": 0.333, "empty": 0.012, "logprob_per_answer": -123.456, "logprob_per_token": -2}
+    lines = list(messages.answers(12345, 6000, metrics, 256))
+    assert lines == [
+        "answers: 6,000 of 12,345 rows have the teacher's answer as their response",
+        "answers: 61.3 tokens and a log-likelihood of -123.46 per answer, -2.000 per token",
+        "answers: 33.3% cut after 256 tokens; no end is taught there",
+        "answers: 1.2% empty; these rows keep the data's response",
+    ]
+    assert len(list(messages.answers(2, 2, metrics | {"cut": 0, "empty": 0}, 64))) == 2
+    assert messages.answers_in_cache(1, 1) == "answers: made before, found in the cache (1 of 1 part)"
+
+
+def test_the_card_says_how_many_responses_are_the_teachers():
+    assert messages.trained_on(20, "train", 0) == "20 rows of 'train'"
+    assert messages.trained_on(20, "train", 5) == (
+        "20 rows of 'train'; 5 of them with the teacher's own answer as the response"
+    )
+    assert messages.with_answers("all") == "with the teacher's answers: all"

@@ -85,8 +85,7 @@ def test_an_artifact_stage_has_the_parameters_that_its_loss_insists_on(read):
 
 def test_a_stage_that_a_loss_needs_must_be_there(read):
     (name,) = next(iter(resolve_recipe(context(recipe_of("residual.json"))).artifacts.values()))
-    recipe = recipe_of("residual.json")
-    recipe = recipe.model_copy(update={"stages": {n: s for n, s in recipe.stages.items() if n != name}})
+    recipe = recipe_of("residual.json", f"stages.{name}=null")
     with pytest.raises(RecipeError, match=rf"^stages\.{name}: a loss needs this stage's module, .* has no such stage"):
         resolve_recipe(context(recipe))
 
@@ -178,3 +177,31 @@ def test_every_stage_reads_the_columns_of_its_token_weights(monkeypatch):
 def test_a_fusion_that_a_dense_teacher_lacks_leaves_its_own_state(read):
     for term in resolve_recipe(context(recipe_of("dskd_plus_residual.json"))).distill.losses:
         assert (term.state, term.prediction, term.fused) == ("hidden.last", "hidden.last", False)
+
+
+def test_a_loss_of_the_teachers_answers_is_refused_without_the_stage_that_makes_them(read):
+    with pytest.raises(
+        RecipeError,
+        match=r"^losses\.seq_kd: 'seq_kd' learns from the teacher's answers, and no stage generates them; add "
+        r"'stages\.answers', or take another loss$",
+    ):
+        resolve_recipe(context(recipe_of("seq_kd.json", "stages.answers=null"), same_tokens=False))
+    assert not read
+
+
+def test_a_stage_that_reads_the_data_alone_refuses_a_loss_of_the_teachers_answers(read):
+    recipe = recipe_of("seq_kd.json", "stages.sft.losses.sft.use=seq_kd")
+    with pytest.raises(RecipeError, match=r"^stages\.sft\.losses\.sft: 'seq_kd' learns from the teacher's answers"):
+        resolve_recipe(context(recipe, same_tokens=False))
+
+
+def test_a_share_without_a_row_is_refused(read):
+    with pytest.raises(RecipeError, match=r"^stages\.answers\.share: 0\.4 of 1 rows is none"):
+        resolve_recipe(context(recipe_of("seq_kd.json", "stages.answers.share=0.4"), same_tokens=False))
+
+
+def test_any_loss_may_read_rows_with_answers(read):
+    recipe = recipe_of("forward_kl.json", 'stages.answers={"share": 0.5}')
+    resolved = resolve_recipe(context(recipe))
+    assert resolved.answers is recipe.stages.answers
+    assert resolve_recipe(context(recipe_of("forward_kl.json"))).answers is None
