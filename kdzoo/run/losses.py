@@ -24,7 +24,7 @@ from kdzoo.recipe.model import LossSlot
 from kdzoo.run.context import ModelRole, RunContext, shared_entries, sizes
 from kdzoo.run.inputs import Artifacts, StageInputs, deal
 from kdzoo.step.distiller import start_from_heads, start_from_statistics, statistics, teacher_sites
-from kdzoo.step.loss_term import LossTerm
+from kdzoo.step.loss_term import LossTerm, in_precision
 
 STATISTICS_ROWS = 1024
 """Training rows, at most, that a loss takes statistics of before its first step."""
@@ -119,8 +119,9 @@ def build_losses(
     torch.manual_seed(seed)
     built = []
     for term in losses:
-        made = term.loss(term.params, pair, artifacts.get(term.name, {})).to(DTYPES[context.recipe.precision])
-        built.append(LossTerm.of(term.name, made, term.state, term.prediction))
+        made = term.loss(term.params, pair, artifacts.get(term.name, {}))
+        ready = in_precision(made, DTYPES[context.recipe.precision])
+        built.append(LossTerm.of(term.name, ready, term.state, term.prediction))
     return built
 
 
