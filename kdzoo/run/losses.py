@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from kdzoo.api.head import Head
 from kdzoo.api.loss import Loss, Needs
 from kdzoo.api.models import AbsentModel, ModelInfo, ModelPair, Role
+from kdzoo.api.plugin import Params
 from kdzoo.data.tokenizer import student_ids, vocabulary
 from kdzoo.engine.distributed import added_up
 from kdzoo.engine.frozen import gather
@@ -78,9 +80,19 @@ def resolve_losses(context: RunContext, losses: Mapping[str, LossSlot]) -> Resol
     return ResolvedLosses(tuple(_resolve(context, name, entry) for name, entry in losses.items()))
 
 
+def valid_params(name: str, loss: type[Loss], given: Mapping[str, Any]) -> Params:
+    """The parameters of a slot. The schema has seen each by itself; what does not fit together is refused here."""
+    try:
+        return loss.Params.model_validate(given)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        address = ".".join(map(str, ("losses", name, "params", *fault["loc"])))
+        raise RecipeError(f"{address}: {fault['msg'].removeprefix('Value error, ')}") from error
+
+
 def _resolve(context: RunContext, name: str, entry: LossSlot) -> ResolvedLoss:
     loss = context.registry.of(Loss)[entry.use]
-    params = loss.Params.model_validate(entry.params)
+    params = valid_params(name, loss, entry.params)
     fusion = None if entry.fuse is None else context.fusions.get(entry.fuse)
     state = OWN_STATE if fusion is None else f"fused.{entry.fuse}"
     return ResolvedLoss(
