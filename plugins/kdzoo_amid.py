@@ -66,7 +66,8 @@ class AMiD(Loss):
         @model_validator(mode="after")
         def differs_from_its_side(self) -> Any:
             if self.teacher_weight == {"teacher": 1.0, "student": 0.0}[self.side]:
-                raise ValueError(f"with teacher_weight {self.teacher_weight} the mixture is the {self.side} itself")
+                what = f"with teacher_weight {self.teacher_weight} the mixture is the {self.side} itself"
+                raise ValueError(f"{what}; take another weight or side")
             return self
 
         def measure(self, log_p: Tensor, log_q: Tensor) -> Tensor:

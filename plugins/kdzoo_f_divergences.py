@@ -53,7 +53,7 @@ class FDivergence(Loss):
         "samples sequences, and here every token of the data has its divergence.",
         "`jeffrey` of aailab-kaist/CSD @ c77a3a7 leaves out an entry that one model excludes, by a logit of -inf; it "
         "counts as 100 nats here. It divides by the tokens of each micro-batch, and not of the whole step.",
-        'The generators "pearson" and "neyman" have no bound: beyond `max_ratio` they go on as a KL, whose gradient is '
+        "The generators of Pearson and Neyman have no bound: beyond `max_ratio` they go on as a KL, whose gradient is "
         "bounded and points the right way. `f_divergence` of aailab-kaist/AMiD @ a963105 clips a power of the ratio.",
     )
 

@@ -64,7 +64,8 @@ class TAID(Loss):
         @model_validator(mode="after")
         def t_rises(self) -> Any:
             if self.t_start > self.t_end:
-                raise ValueError(f"t_start {self.t_start} is above t_end {self.t_end}; t never falls")
+                what = f"t_start {self.t_start} is above t_end {self.t_end}, but t never falls"
+                raise ValueError(f"{what}; take a larger t_end")
             return self
 
     @classmethod

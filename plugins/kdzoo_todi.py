@@ -37,16 +37,19 @@ class ToDi(Loss):
     class Params(Params):
         temperature: float = Field(1.0, gt=0)
         """Both logits are divided by it, also in the weights."""
+        teacher_temperature: float = Field(1.0, gt=0)
+        """The teacher's logits are divided by it once more, as where the authors' function is called so."""
         beta: float = Field(1.0, ge=0)
         """β: how sharply the weights follow the log-ratio. 0: half of either KL. Default: the authors'."""
 
     @classmethod
     def needs(cls, params, same_tokens):
-        return Needs(tokenizers="same", divergence=True)
+        return Needs(tokenizers="same", divergence=params.teacher_temperature == 1.0)
 
     @visit
     def tokens(self, student: Logits, teacher: Logits) -> Terms:
-        log_p, log_q = teacher.logprobs(self.params.temperature), student.logprobs(self.params.temperature)
+        tau = self.params.temperature
+        log_p, log_q = teacher.logprobs(tau * self.params.teacher_temperature), student.logprobs(tau)
         a = (self.params.beta * ops.log_ratio(log_p.detach(), log_q.detach())).sigmoid()
 
         def divergence(log_p: Tensor, log_q: Tensor) -> ops.Closed:

@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from kdzoo.api.entries import EntryMap
 from kdzoo.api.head import Head
 from kdzoo.api.loss import Loss, Needs
 from kdzoo.api.models import AbsentModel, ModelInfo, ModelPair, Role
+from kdzoo.api.plugin import Params, Plugin
 from kdzoo.api.token_weights import TokenNeeds, TokenWeights
 from kdzoo.data.entries import entry_maps
 from kdzoo.data.tokenizer import vocabulary
@@ -36,7 +38,7 @@ from kdzoo.step.distiller import (
     student_sites,
     teacher_sites,
 )
-from kdzoo.step.loss_term import LossTerm
+from kdzoo.step.loss_term import LossTerm, in_precision
 
 STATISTICS_ROWS = 1024
 """Training rows, at most, that a loss takes statistics of before its first step."""
@@ -127,9 +129,22 @@ def resolve_losses(
     return ResolvedLosses(tuple(_resolve(context, name, entry, pair, address) for name, entry in losses.items()))
 
 
+def valid_params(address: str, plugin: type[Plugin], given: Mapping[str, Any]) -> Params:
+    """The parameters of a plugin that the recipe has at `address`.
+
+    The schema has seen each by itself; what does not fit together is refused here.
+    """
+    try:
+        return plugin.Params.model_validate(given)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        place = ".".join(map(str, (address, "params", *fault["loc"])))
+        raise RecipeError(f"{place}: {fault['msg'].removeprefix('Value error, ')}") from error
+
+
 def _resolve(context: RunContext, name: str, entry: LossSlot, pair: ModelPair, address: str) -> ResolvedLoss:
     loss = context.registry.of(Loss)[entry.use]
-    params = loss.Params.model_validate(entry.params)
+    params = valid_params(f"{address}.{name}", loss, entry.params)
     fusion = None if entry.fuse is None else context.fusions.get(entry.fuse)
     state = OWN_STATE if fusion is None else f"fused.{entry.fuse}"
     needs = _needs(loss, params, pair, f"{address}.{name}")
@@ -149,7 +164,7 @@ def _resolve(context: RunContext, name: str, entry: LossSlot, pair: ModelPair, a
 def _resolve_weights(context: RunContext, name: str) -> ResolvedWeights:
     entry = context.recipe.token_weights[name]
     weights = context.registry.of(TokenWeights)[entry.use]
-    params = weights.Params.model_validate(entry.params)
+    params = valid_params(f"token_weights.{name}", weights, entry.params)
     needs = weights.needs(params)
     if unknown := needs.unknown_fact():
         raise PluginError(f"token_weights.{name}: {unknown}; correct 'needs' of '{entry.use}'")
@@ -210,19 +225,11 @@ def build_losses(
     torch.manual_seed(seed)
     built = []
     for term in losses:
-        made = in_precision(term.loss(term.params, pair, artifacts.get(term.name, {})), context.recipe.precision)
+        made = term.loss(term.params, pair, artifacts.get(term.name, {}))
+        ready = in_precision(made, DTYPES[context.recipe.precision])
         weights = None if term.weights is None else term.weights.weights(term.weights.params).to(context.device)
-        built.append(LossTerm.of(term.name, made, term.state, term.prediction, weights))
+        built.append(LossTerm.of(term.name, ready, term.state, term.prediction, weights))
     return built
-
-
-def in_precision(loss: Loss, precision: str) -> Loss:
-    """In the run's precision, but for buffers in float64: what moves over the steps would stand still in half."""
-    exact = [(m, n, b) for m in loss.modules() for n, b in m.named_buffers(recurse=False) if b.dtype == torch.float64]
-    loss.to(DTYPES[precision])
-    for module, name, buffer in exact:
-        setattr(module, name, buffer)
-    return loss
 
 
 def models_of(context: RunContext, losses: ResolvedLosses, inputs: StageInputs) -> tuple[ModelPair, int | None]:

@@ -4,11 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from kdzoo.api.head import HEAD_WEIGHT
 from kdzoo.api.loss import Loss, Needs, Visit
 from kdzoo.api.token_weights import TokenNeeds, TokenWeights
 
 LAST = "hidden.last"
+
+
+def in_precision(loss: Loss, dtype: torch.dtype) -> Loss:
+    """The loss with its parameters and constants in `dtype`.
+
+    What is saved of its buffers stays as it is: it moves over the steps, by amounts that bfloat16 would round away.
+    """
+    saved = loss.state_dict().keys()
+    state = {name: buffer.clone() for name, buffer in loss.named_buffers() if name in saved}
+    loss.to(dtype)
+    for name, buffer in loss.named_buffers():
+        if name in state:
+            buffer.data = state[name]
+    return loss
 
 
 @dataclass(frozen=True)

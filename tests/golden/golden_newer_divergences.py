@@ -18,8 +18,11 @@ from kdzoo_todi import ToDi
 
 
 def todi(golden: Golden) -> Iterator[Pair]:
-    given = configuration(golden, known={"kd_temperature"})
-    yield from compare(golden, {"kd": (ToDi, {"temperature": given["kd_temperature"]}, 1.0)})
+    given = configuration(golden, known={"kd_temperature", "teacher_temperature", "use_tea_temp"})
+    params = {"temperature": given["kd_temperature"]}
+    if given.get("use_tea_temp"):
+        params["teacher_temperature"] = given["teacher_temperature"]
+    yield from compare(golden, {"kd": (ToDi, params, 1.0)})
 
 
 def taid_loss(golden: Golden) -> Iterator[Pair]:

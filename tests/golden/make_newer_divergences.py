@@ -69,8 +69,8 @@ def write_objective(
 # jungseongryong/ToDi, code/criterions/various_divergence.py
 
 
-def todi(tau: float) -> Objective:
-    log_p, at = log_softmax(TEACHER / tau), log_softmax(STUDENT / tau)
+def todi(tau: float, teacher_tau: float = 1.0) -> Objective:
+    log_p, at = log_softmax(TEACHER / tau / teacher_tau), log_softmax(STUDENT / tau)
     weight_p = 1 / (1 + np.exp(at - log_p))
     weight_q = 1 / (1 + np.exp(log_p - at))
 
@@ -147,8 +147,9 @@ def jeffrey(logits: Array) -> Array:
 
 def main() -> None:
     source = "jungseongryong/ToDi@45f1f8bf"
-    for tau in (1.0, 2.0):
-        write_objective(f"todi_kt{tau:g}", source, "compute_ToDi", {"kd_temperature": tau}, todi(tau))
+    write_objective("todi_kt1", source, "compute_ToDi", {"kd_temperature": 1.0}, todi(1.0))
+    temperatures = {"kd_temperature": 2.0, "teacher_temperature": 1.5, "use_tea_temp": True}
+    write_objective("todi_kt2_tt1.5", source, "compute_ToDi", temperatures, todi(2.0, 1.5))
 
     source = "SakanaAI/TAID@a0628922"
     write_objective("taid_t0.4", source, "TAID.compute_loss", {"t": 0.4}, taid(0.4))

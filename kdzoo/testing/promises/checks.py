@@ -19,7 +19,7 @@ from kdzoo.api.terms import Terms
 from kdzoo.api.token_weights import TokenWeights, WeighedTokens, Weights
 from kdzoo.step.chunks import CHUNK_BYTES
 from kdzoo.step.distiller import start_from_heads
-from kdzoo.step.loss_term import LossTerm
+from kdzoo.step.loss_term import LossTerm, in_precision
 from kdzoo.testing.promises.rearrange import rearranged
 from kdzoo.testing.promises.watch import (
     Calls,
@@ -469,7 +469,7 @@ def bf16(world: World) -> str:
     Where a method ranks or selects, rounding tips scales: how much is measured on inputs that are jittered as much.
     """
     term = world.term()
-    rough = replace(term, loss=clone(term).loss.to(torch.bfloat16))
+    rough = replace(term, loss=in_precision(clone(term).loss, torch.bfloat16))
     fine = replace(term, loss=clone(rough).loss.double())
     recording = world.recorded(rough, world.batch(), torch.bfloat16)
     exact = recording.to(torch.float64)
