@@ -22,12 +22,14 @@ from kdzoo.api.loss import Loss, Needs, Visited
 from kdzoo.api.models import AbsentModel, Heads, ModelInfo, ModelPair, Role, Vocabulary
 from kdzoo.api.plugin import Params, Plugin
 from kdzoo.api.terms import Terms
+from kdzoo.api.token_weights import TokenNeeds, TokenWeights
 from kdzoo.errors import KdzooError, did_you_mean
 from kdzoo.step.chunks import CHUNK_BYTES
 from kdzoo.step.distiller import Distiller, start_from_heads, start_from_statistics, statistics
 from kdzoo.step.inputs import PassInputs
 from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report
+from kdzoo.step.weighing import weigh_step
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ def replay(
     *,
     weights: Mapping[str, Any] | None = None,
     artifacts: Mapping[str, Mapping[str, Any]] | None = None,
+    token_weights: Mapping[str, tuple[type[TokenWeights], Mapping[str, Any], Mapping[str, Any]]] | None = None,
+    columns: Mapping[str, Any] | None = None,
     same_tokens: bool,
     pairs: Any = None,
     student_ids: Any = None,
@@ -93,7 +97,9 @@ def replay(
     """Run `losses` (slot -> class, params, weight) on recorded tensors, in their own precision.
 
     `weights` sets the trainable parameters by name (`dskd.query.weight`): all of them, so that none is left to
-    chance. `artifacts` holds the tensors of the stages that the losses name in their needs. `pairs` [P, 2] are the
+    chance. `artifacts` holds the tensors of the stages that the losses name in their needs. `token_weights` (slot ->
+    class, params, buffers as they have become) weigh the tokens of a slot, by `columns` [B, T] of the student's
+    positions where they read any. `pairs` [P, 2] are the
     aligned tokens (the student's, the teacher's), counted over the scored positions, and `student_ids` [W] the
     student's token for each of the teacher's, -1 for none, `teacher_ids` [V] the teacher's for each of the student's:
     whatever maps of entries the losses declare. By default everything is its own partner where there is one tokenizer,
@@ -122,14 +128,14 @@ def replay(
         stage: {name: torch.as_tensor(value).to(dtype) for name, value in state.items()}
         for stage, state in (artifacts or {}).items()
     }
-    terms = []
+    terms, weighing = [], _weighing(losses, token_weights or {}, tensors, same_tokens)
     for slot, (loss, given, _) in losses.items():
         params = valid_params(f"replay: the params of '{slot}'", loss, given)
         needs = loss.needs_of(params, pair)
         _check(slot, needs, tensors, states, same_tokens)
         kept = loss if only is None else _with_only(loss, slot, only)
         with default_dtype(dtype):  # so that frozen artifacts keep the recording's precision
-            terms.append(LossTerm.of(slot, kept(params, pair, states)))
+            terms.append(LossTerm.of(slot, kept(params, pair, states), weights=weighing.get(slot)))
     distiller = Distiller(None, None, None, terms, chunk_bytes=chunk_bytes)
     of_student = tensors["student"].sites(terms) if "student" in tensors else {}
     of_teacher = {k: v.detach() for k, v in tensors["teacher"].sites(terms).items()} if "teacher" in tensors else {}
@@ -139,6 +145,9 @@ def replay(
     start = {name: parameter.detach().clone() for name, parameter in _trainable(distiller).items()}
     _set_weights(distiller, weights or {}, dtype)
 
+    batch = replace(batch, columns=_columns(terms, columns or {}, batch))
+    known = distiller.token_facts(batch=batch, student=of_student.get("hidden.last"), teacher=of_teacher, heads=heads)
+    (weighed,) = weigh_step(terms, [batch], [known])
     report = Report()
     inputs = PassInputs(
         batch,
@@ -147,6 +156,7 @@ def replay(
         heads,
         {name: weight for name, (_, _, weight) in losses.items()},
         report,
+        weighed,
     )
     loss_value = distiller.score(inputs)
     measured = Report()
@@ -285,6 +295,46 @@ def _check(
             raise KdzooError(f"replay: '{slot}' reads what the {model}'s vocabulary says, and none is recorded")
     for stage in needs.artifacts.keys() - artifacts.keys():
         raise KdzooError(f"replay: '{slot}' needs the tensors of the stage '{stage}'; give them as artifacts")
+
+
+def _weighing(
+    losses: Collection[str],
+    given: Mapping[str, tuple[type[TokenWeights], Mapping[str, Any], Mapping[str, Any]]],
+    tensors: Mapping[Role, _Tensors],
+    same_tokens: bool,
+) -> dict[str, TokenWeights]:
+    """What weighs the tokens of each slot, whose facts the recording can tell."""
+    found = {}
+    for slot, (kind, params, buffers) in given.items():
+        if slot not in losses:
+            raise KdzooError(f"replay: token weights of '{slot}', and no loss is called so{did_you_mean(slot, losses)}")
+        valid = valid_params(f"replay: the params of the token weights of '{slot}'", kind, params)
+        needs: TokenNeeds = kind.needs(valid)
+        if needs.compares_models and not same_tokens:
+            raise KdzooError(f"replay: the token weights of '{slot}' compare predictions; they need same_tokens=True")
+        for model, reads in {"student": True, "teacher": needs.reads_teacher}.items():
+            if reads and model not in tensors:
+                raise KdzooError(f"replay: the token weights of '{slot}' read the {model}, which is not recorded")
+        found[slot] = kind(valid)
+        state = {name: torch.as_tensor(value) for name, value in buffers.items()}
+        if unknown := sorted(state.keys() - found[slot].state_dict().keys()):
+            raise KdzooError(f"replay: the token weights of '{slot}' have no buffer '{unknown[0]}'")
+        found[slot].load_state_dict(state, strict=False)
+    return found
+
+
+def _columns(terms: Collection[LossTerm], given: Mapping[str, Any], batch: Batch) -> dict[str, Tensor]:
+    """[N] what token weights read of the rows."""
+    found = {}
+    for term in terms:
+        for name in term.weight_needs.columns:
+            if name not in given:
+                raise KdzooError(
+                    f"replay: the token weights of '{term.name}' read the column '{name}'; give it in columns"
+                )
+            assert batch.student is not None
+            found[name] = torch.as_tensor(given[name]).flatten()[batch.student.positions]
+    return found
 
 
 def _sites(needs: Needs, model: Role) -> frozenset[str]:
