@@ -151,9 +151,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"subtract_entropy": False, "t_start": 0.2},
         {"adaptive": False, "t_start": 0.7},
     ],
-    "todi": [{"temperature": 2.0, "beta": 0.3}],
-    "top1_ce": [{"temperature": 2.0}],
     "todi": [{"temperature": 2.0, "beta": 0.3}, {"teacher_temperature": 2.0}],
+    "top1_ce": [{"temperature": 2.0}],
     "total_variation": [
         {"temperature": 2.0},
     ],

@@ -31,5 +31,5 @@ from kdzoo_taid import TAID
 )
 def test_parameters_that_do_not_fit_together_are_refused_in_one_line(loss, given, line):
     with pytest.raises(RecipeError) as refused:
-        valid_params("kd", loss, given)
+        valid_params("losses.kd", loss, given)
     assert str(refused.value) == line
