@@ -183,7 +183,8 @@ class MultiLevelOT(Loss):
         sides = (in_teacher, in_student) if params.reduction == "tokens" else (torch.ones_like(paired),) * 2
         sd = ops.sinkhorn(sd_p, sd_q, *sides, params.regularisation, params.iterations)  # [B]
         if params.reduction == "tokens":
-            places = step.student.sample * n + ops.places_within(step.student.side)  # in the grid [B, n]
+            within = ops.places_within(step.student.side)  # a token that is skipped may have no place
+            places = torch.where(within < n, step.student.sample * n + within, -1)  # in the grid [B, n]
             terms = Terms().add("had", had, of=places).add("sl", params.beta * (sl * paired), of=places)
             return terms.add("sd", params.gamma * sd, of="sequences")
         if params.reduction == "padded_last":

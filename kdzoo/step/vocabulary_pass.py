@@ -361,7 +361,7 @@ class _Run:
         if one.axes <= MODELS:
             axis = "student" if "student" in one.axes else "teacher"
             return weighed.on(TOKENS_OF[axis], self._length(axis))[chunk[axis]]
-        stream = next((s for s in map(self.streams.__getitem__, one.streams.values()) if s.tokens is not None), None)
+        stream = self._telling_tokens(one)
         if stream is None or stream.tokens is None:
             raise KdzooError(
                 f"losses.{one.term}.weights: the visit '{one.visit.name}' sees packings that do not say which tokens "
@@ -419,7 +419,7 @@ class _Run:
             stream = self.streams[name]
             at = chunk[stream.axis]
             own, softmaxes = logits[name], name
-            tau = self._temperatures(one.term, stream, at)
+            tau = self._temperatures(one, stream, at)
             if tau is not None:  # which is the term's own: so are the softmaxes
                 own, softmaxes = own / tau.to(own.dtype)[:, None], f"{name}, tempered by {one.term}"
             seen[local] = Logits(
@@ -437,20 +437,28 @@ class _Run:
             )
         return seen
 
-    def _temperatures(self, term: str, stream: HeadInput, at: Index) -> Tensor | None:
-        """What the term's token weights divide these logits by [n]."""
-        weighed = self.inputs.weighed.get(term)
+    def _telling_tokens(self, one: Sight) -> HeadInput | None:
+        """Of the packings that are seen side by side, the one that says which tokens it stands for."""
+        return next((s for s in map(self.streams.__getitem__, one.streams.values()) if s.tokens is not None), None)
+
+    def _temperatures(self, one: Sight, stream: HeadInput, at: Index) -> Tensor | None:
+        """What the term's token weights divide these logits by [n]: those of a group by the mean of its tokens'."""
+        weighed = self.inputs.weighed.get(one.term)
         if weighed is None or weighed.weights.temperatures is None:
             return None
         if stream.axis in MODELS:
             whole = weighed.temperatures(TOKENS_OF[stream.axis], self._length(stream.axis))
             return None if whole is None else whole[at]
-        if stream.tokens is None:
+        if stream.tokens is not None:
+            return weighed.weights.temperatures[stream.tokens[at]]
+        told = self._telling_tokens(one)
+        if told is None or told.tokens is None or told.group is None or stream.group is None:
             raise KdzooError(
-                f"losses.{term}.weights: a packing does not say which tokens it stands for, whose temperatures differ; "
-                "say it in 'Stream.tokens', or take weights without temperatures"
+                f"losses.{one.term}.weights: a packing does not say which tokens it stands for, whose temperatures "
+                "differ; say it in 'Stream.tokens', or take weights without temperatures"
             )
-        return weighed.weights.temperatures[stream.tokens[at]]
+        groups = int(stream.group[-1]) + 1 if len(stream.group) else 0
+        return mean_by(weighed.weights.temperatures[told.tokens], told.group, groups)[stream.group[at]]
 
     def _known(self, term: LossTerm, axis: str, at: Index, facts: Facts) -> dict[str, Tensor]:
         """The facts that the term declares, on these tokens of a model; `facts` are those of the tile."""
