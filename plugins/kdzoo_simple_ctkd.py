@@ -32,6 +32,7 @@ class SimpleCTKD(Loss):
         'It divides the sum over pairs by all response tokens of the student; here that is `mean` "tokens".',
         "It uses the log-softmax over shared entries alone, however little of the teacher's probability they hold; "
         "here that share is logged as `shared_mass`, and `rest` can keep the others as one entry.",
+        "Of KDFlow's functions, `top1_ce` and `hrl` are losses for one tokenizer here, and `jsd` has equal weights.",
     )
 
     class Params(ops.DivergenceParams):

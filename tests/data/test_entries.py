@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import kdzoo.data.entries
+from kdzoo import ops
 from kdzoo.data.entries import cached_nearest, entry_maps, nearest
 from kdzoo.data.tokenizer import load_tokenizer, student_ids, vocabulary
 
@@ -142,8 +143,6 @@ def test_real_vocabularies_are_mapped_in_seconds(ours: str, theirs: str, shared:
 
 
 def test_first_sources_are_the_inverse_of_a_map() -> None:
-    from kdzoo import ops
-
     partners = torch.tensor([2, -1, 0, 2, 4, 0])
     assert ops.first_sources(partners, 5).tolist() == [2, -1, 0, -1, 4]
     assert [entries.tolist() for entries in ops.linked_entries(partners)] == [[0, 2, 3, 4, 5], [2, 0, 2, 4, 0]]
