@@ -12,6 +12,7 @@ import golden_dskd
 import golden_dskd_v2
 import golden_multilevel_ot
 import golden_residual
+import golden_token_weights
 import golden_uld
 import pytest
 from golden_files import INDEPENDENT, NOT_COVERED, Golden, Pair
@@ -23,6 +24,7 @@ COVERED: dict[str, Callable[[Golden], Iterator[Pair]]] = {
     **golden_dskd_v2.COVERED,
     **golden_multilevel_ot.COVERED,
     **golden_residual.COVERED,
+    **golden_token_weights.COVERED,
     **golden_uld.COVERED,
 }
 """Source function -> our values beside the file's."""
