@@ -5,6 +5,7 @@ With `-m sweep`, every recipe on every pair. That all of them are valid is tried
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,8 +46,8 @@ PADDED = sets("student.config.vocab_size=3000")
 
 
 def takes_two_tokenizers(name: str) -> bool:
-    known = declarations().of("loss")
-    return all("two" in known[slot.use].needs for slot in load_recipe(RECIPES / f"{name}.json").recipe.losses.values())
+    known, recipe = declarations().of("loss"), load_recipe(RECIPES / f"{name}.json").recipe
+    return all("two" in known[slot.use].needs for slot in recipe.losses.values())
 
 
 def command(name: str, pair: str, settings: Sequence[str] = SHORTER) -> list[str]:
@@ -81,6 +82,36 @@ def assert_trained_by_default(done: Run) -> None:
 def test_every_loss_has_a_recipe() -> None:
     used = {slot.use for name in METHODS for slot in load_recipe(RECIPES / f"{name}.json").recipe.losses.values()}
     assert used | {"projectors"} == declarations().of("loss").keys()
+
+
+def test_all_token_weights_but_a_column_of_ones_own_data_have_a_recipe() -> None:
+    recipes = [load_recipe(RECIPES / f"{name}.json").recipe for name in METHODS]
+    used = {recipe.token_weights[s.weights].use for recipe in recipes for s in recipe.losses.values() if s.weights}
+    assert used | {"column"} == declarations().of("token_weights").keys()
+
+
+@pytest.mark.slow
+def test_rows_that_bring_weights_train_by_them(tmp_path: Path) -> None:
+    """A row of weight 0 is as if it were not there; whatever its tokens say."""
+    good = [{"instruction": f"Say {word}.", "input": "", "output": f"{word} it is", "weight": 1} for word in ("a", "b")]
+    silent = {"instruction": "Say z.", "input": "", "output": "z it is not at all", "weight": 0}
+
+    def losses(name: str, *rows: dict[str, object]) -> list[float]:
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        weighed = (
+            'token_weights={"mine": {"use": "column"}}',
+            "losses.kd.weights=mine",
+            "losses.sft.weights=mine",
+            "data.train.lab=null",
+            f"data.train.jsonl={file}",
+            "data.train.limit=null",
+            f"stages.distill.batch={len(rows)}",
+        )
+        done = trained(tmp_path / name, "forward_kl", "lab_llama_to_llama", settings=(*SHORTER, *weighed))
+        return [step["loss"] for step in done.lines()]
+
+    assert losses("both", *good, silent) == pytest.approx(losses("good", *good), rel=1e-5)
 
 
 @pytest.mark.slow

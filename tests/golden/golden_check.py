@@ -18,6 +18,7 @@ import golden_ranking
 import golden_residual
 import golden_seq_kd
 import golden_simple_ctkd
+import golden_token_weights
 import golden_uld
 import pytest
 from golden_files import INDEPENDENT, NOT_COVERED, Golden, Pair
@@ -35,6 +36,7 @@ COVERED: dict[str, Callable[[Golden], Iterator[Pair]]] = {
     **golden_residual.COVERED,
     **golden_simple_ctkd.COVERED,
     **golden_seq_kd.COVERED,
+    **golden_token_weights.COVERED,
     **golden_uld.COVERED,
 }
 """Source function -> our values beside the file's."""

@@ -11,13 +11,14 @@ import torch
 from golden_files import CHUNK_BYTES, NOT_COVERED_SETTINGS, Golden, NotUnderstood, Pair, configuration, held
 from torch import Tensor
 
-from kdzoo import Loss
+from kdzoo import Loss, TokenWeights
 from kdzoo.testing import Recorded, Replay, replay
 from kdzoo_abkd import ABKD
 from kdzoo_cross_entropy import CrossEntropy
 from kdzoo_divergences import JS, AdaptiveKL, ForwardKL, ReverseKL, SkewForwardKL, SkewReverseKL, TotalVariation
 
 Slots = dict[str, tuple[type[Loss], dict[str, Any], float]]
+Weighing = dict[str, tuple[type[TokenWeights], dict[str, Any], dict[str, Any]]]
 
 
 def compare(
@@ -28,13 +29,14 @@ def compare(
     reduction: str = "rows",
     masks_directly: bool = False,
     noise: float = 0.0,
+    weighing: Weighing | None = None,
 ) -> Iterator[Pair]:
     """Replay `losses` on the file's logits, `teacher` in place of its teacher's where that is not recorded.
 
     `reduction` says what the authors' scalar is: the mean over "rows", their "sum", or the mean over all "entries".
     `noise` is how far off it is.
     """
-    student, found = golden.tensor("student_logits"), run(golden, losses, teacher, masks_directly)
+    student, found = golden.tensor("student_logits"), run(golden, losses, teacher, masks_directly, weighing)
     total = found.loss * found.tokens
     scale = {"rows": 1.0, "sum": found.tokens, "entries": 1.0 / student.shape[-1]}[reduction]
     gradient = found.gradients["student_hidden"].reshape(student.shape)
@@ -51,7 +53,13 @@ def compare(
     )
 
 
-def run(golden: Golden, losses: Slots, teacher: Tensor | None = None, masks_directly: bool = False) -> Replay:
+def run(
+    golden: Golden,
+    losses: Slots,
+    teacher: Tensor | None = None,
+    masks_directly: bool = False,
+    weighing: Weighing | None = None,
+) -> Replay:
     student = golden.tensor("student_logits")
     teacher = golden.tensor("teacher_logits") if teacher is None else teacher
     rank = student.dim()  # of a classifier, [samples, classes]
@@ -61,6 +69,7 @@ def run(golden: Golden, losses: Slots, teacher: Tensor | None = None, masks_dire
         Recorded(labels, convention, logits=student if rank == 3 else student[None]),
         Recorded(labels, convention, logits=teacher if rank == 3 else teacher[None]),
         same_tokens=True,
+        token_weights=weighing,
         chunk_bytes=CHUNK_BYTES,
     )
 

@@ -10,7 +10,7 @@ import pytest
 
 from kdzoo.api.plugin import Plugin
 from kdzoo.plugin.kinds import KINDS
-from kdzoo.testing.promises import CHECKS, RANKS
+from kdzoo.testing.promises import CHECKS, CHECKS_OF_WEIGHTS, RANKS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "plugins.md").read_text(encoding="utf-8")
 FOR_THE_CORE = {"names", "declared_fault", "visit_methods", "visits", "reads_statistics"}
@@ -45,7 +45,12 @@ def test_the_page_shows_no_signature_that_is_not_there():
     assert set(listed) <= {shown(kind, name) for kind, name in CASES}
 
 
-def test_the_page_lists_every_check():
-    names = [check.name for check in CHECKS] + [RANKS[0]]
-    table = PAGE[PAGE.index("| check | what it wants |") :]
+@pytest.mark.parametrize(
+    ("head", "checks"),
+    [("| check | what it wants |", CHECKS), ("| check | what it wants of token weights |", CHECKS_OF_WEIGHTS)],
+    ids=["losses", "token weights"],
+)
+def test_the_page_lists_every_check(head, checks):
+    names = [check.name for check in checks] + [RANKS[0]]
+    table = PAGE[PAGE.index(head) :]
     assert re.findall(r"^\| `(\w+)` \|", table.partition("\n\n")[0], flags=re.MULTILINE) == names

@@ -17,6 +17,7 @@ from kdzoo.step.distiller import Aim, Distiller
 from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report
 from kdzoo.step.weighing import Weighed, mean_by, weigh_step
+from kdzoo.testing.promises.ranks import two_ranks
 from kdzoo.testing.promises.rearrange import rearranged
 from kdzoo.testing.promises.world import SLOT, Outcome, Subject, World, outcome, registry
 
@@ -114,6 +115,14 @@ def test_a_weight_that_all_have_changes_nothing_unless_it_is_divided_by_tokens(l
     assert alone.difference(replace(by_weights, watched=alone.watched)) == ""
     by_tokens = World(subject(loss, Two, divide_by="tokens"), same).whole
     assert alone.plus(alone).difference(by_tokens) == ""
+
+
+@pytest.mark.slow
+def test_two_ranks_of_zero_weigh_losses_of_every_kind_as_one_process_does():
+    tried = [(loss, "share of the step", True) for loss in KINDS]
+    tried += [(loss, "column", False) for loss in KINDS if named(loss, "column").fits_two_tokenizers]
+    faults = two_ranks([(named(loss, name), same) for loss, name, same in tried])
+    assert {each: fault for each, fault in zip(tried, faults, strict=True) if fault} == {}
 
 
 def logits(world: World, batch: Batch) -> tuple[Tensor, Tensor]:
