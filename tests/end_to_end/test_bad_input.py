@@ -37,7 +37,7 @@ def raising(path: Path) -> Path:
     return path
 
 
-def rows(path: Path, *contents: dict[str, str]) -> Path:
+def rows(path: Path, *contents: dict[str, object]) -> Path:
     path.write_text("".join(json.dumps(content) + "\n" for content in contents))
     return path
 
@@ -46,6 +46,12 @@ def training_on(path: Path) -> list[str]:
     return ["--set", "data.train.lab=null", "--set", f"data.train.jsonl={path}"]
 
 
+def weighed_by(slot: str) -> list[str]:
+    return ["--set", 'token_weights={"mine": {"use": "column"}}', "--set", f"{slot}.weights=mine"]
+
+
+SHORT = {"instruction": "Add one and one.", "input": "", "output": "That makes two.", "weight": [1]}
+"""A row whose weights are too few."""
 SILENT = {"instruction": "Add.", "input": "", "output": ""}
 """A row without a response."""
 
@@ -119,6 +125,25 @@ ON_THE_RANKS = {
     "a fusion on a block that is not there": (
         lambda _: ["--set", "fuse.experts.params.layer=7"],
         "fuse.experts.params.layer: the teacher has 2 blocks, counted from 0, not 7",
+    ),
+    "a column of weights that is not there": (
+        lambda _: weighed_by("losses.dskd"),
+        "data.train: field 'weight' is not in",
+    ),
+    "weights that are not as many as tokens": (
+        lambda tmp: [*training_on(rows(tmp / "rows.jsonl", SHORT)), *weighed_by("losses.dskd")],
+        "data.train: field 'weight' of row '1' has 1 numbers, and the response has",
+    ),
+    "weights of another stage that are not as many as tokens": (
+        lambda tmp: [
+            *weighed_by("stages.sft.losses.sft"),
+            *("--set", f"stages.sft.data.jsonl={rows(tmp / 'rows.jsonl', SHORT)}"),
+        ],
+        "stages.sft.data: field 'weight' of row '1' has 1 numbers, and the response has",
+    ),
+    "token weights that compare predictions of two tokenizers": (
+        lambda _: [*weighed_by("losses.dskd"), "--set", "token_weights.mine.use=adaptive"],
+        "token_weights.mine: 'adaptive' compares both models' predictions of a token and needs one tokenizer",
     ),
     "a stage that is missing": (
         lambda _: ["--set", "stages.projectors=null"],

@@ -10,10 +10,12 @@ import torch
 
 from kdzoo import KdzooError
 from kdzoo.testing import Recorded, replay
+from kdzoo_adakd import Adaptive
 from kdzoo_cross_entropy import CrossEntropy
 from kdzoo_divergences import ForwardKL
 from kdzoo_dskd import DSKD
 from kdzoo_residual import Residual
+from kdzoo_token_weights import Column
 
 GENERATOR = np.random.default_rng(0)
 LABELS = np.array([[-100, 3, 1, 0], [-100, -100, 2, -100]])
@@ -222,3 +224,45 @@ def test_what_does_not_fit_is_said_in_one_line(losses, student, teacher, options
     with pytest.raises(KdzooError) as caught:
         replay(losses, student, teacher, **(defaults | options))
     assert str(caught.value) == f"replay: {message}"
+
+
+# Token weights
+
+WEIGHED = torch.tensor([[-100, 1, 2], [-100, 0, -100]])
+
+
+def weighed_replay(token_weights, same_tokens=True, **given):
+    recorded = Recorded(WEIGHED, logits=torch.randn(2, 3, 4, dtype=torch.float64))
+    teacher = given.pop("teacher", recorded)
+    return replay(
+        {"sft": (CrossEntropy, {}, 1.0)},
+        recorded,
+        teacher,
+        same_tokens=same_tokens,
+        token_weights=token_weights,
+        **given,
+    )
+
+
+def test_a_column_weighs_the_tokens_that_are_scored():
+    column = {"weight": torch.tensor([[9.0, 1.0, 0.0], [9.0, 0.0, 9.0]])}
+    found = weighed_replay({"sft": (Column, {}, {})}, columns=column)
+    gradient = found.gradients["student_hidden"]
+    assert gradient[0, 1].any() and not gradient[0, 2].any() and not gradient[1].any()
+    assert found.watched["sft/token_weight"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("token_weights", "given", "line"),
+    [
+        ({"kd": (Column, {}, {})}, {}, "token weights of 'kd', and no loss is called so"),
+        ({"sft": (Column, {"colum": "a"}, {})}, {}, "the params of the token weights of 'sft': colum: extra inputs"),
+        ({"sft": (Column, {}, {})}, {}, "the token weights of 'sft' read the column 'weight'; give it in columns"),
+        ({"sft": (Column, {}, {"share": 1.0})}, {}, "the token weights of 'sft' have no buffer 'share'"),
+        ({"sft": (Adaptive, {}, {})}, {"same_tokens": False}, "compare predictions; they need same_tokens=True"),
+        ({"sft": (Adaptive, {}, {})}, {"teacher": None}, "read the teacher, which is not recorded"),
+    ],
+)
+def test_token_weights_that_do_not_fit_are_one_line(token_weights, given, line):
+    with pytest.raises(KdzooError, match=line):
+        weighed_replay(token_weights, **given)
