@@ -21,7 +21,7 @@ from kdzoo.run.card import write_model_card
 from kdzoo.run.context import RunContext, Weights, open_context, open_frozen
 from kdzoo.run.export import save_trained
 from kdzoo.run.folder import RunFolder
-from kdzoo.run.inputs import Corpus, SourceRows, StageInputs, tokenise
+from kdzoo.run.inputs import Corpus, SourceRows, StageInputs, columns_fingerprint, tokenise
 from kdzoo.run.overview import of_rows, overview
 from kdzoo.run.progress import print_message, print_scores
 from kdzoo.run.resolved import ResolvedRecipe, resolve_recipe
@@ -99,7 +99,10 @@ class Run:
 
     def data_fingerprints(self) -> dict[str, str]:
         """A hash of the rows of every source, by its place in the recipe."""
-        found = {"data.train": self.resolved.distill.source.fingerprint}
+        train, columns = self.resolved.distill.source, self.resolved.distill.losses.columns
+        found = {"data.train": train.fingerprint}
+        if columns:
+            found["data.train, columns"] = columns_fingerprint(train.rows, columns)
         if self.resolved.held_out is not None:
             found["data.held_out"] = self.resolved.held_out.fingerprint
         return found | {source.address: source.fingerprint for source in self.resolved.sets.values()}
