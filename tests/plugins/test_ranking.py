@@ -82,6 +82,6 @@ def test_ranking_is_zero_where_both_models_rank_alike(asks):
     z = torch.cat([student.logits(b) for b in range(len(student))]).detach().requires_grad_()
     y = z.detach() * (3.0 if asks == "teacher" else 1.0)
     terms = Ranking(Ranking.Params(asks=asks), make_pair(V, V), {}).tokens(**seen(student=z, teacher=y)).values
-    assert not any(value.any() for value, _ in terms.values())
-    (gradient,) = torch.autograd.grad(sum(value.sum() for value, _ in terms.values()), z)
+    assert not any(term.value.any() for term in terms.values())
+    (gradient,) = torch.autograd.grad(sum(term.value.sum() for term in terms.values()), z)
     assert not gradient.any()
