@@ -45,16 +45,19 @@ class TopShare(TokenWeights):
     def needs(cls, params):
         return TokenNeeds(frozenset({fact_of(params.by)}))
 
-    def score(self, tokens: WeighedTokens) -> Tensor:
+    def hardness(self, tokens: WeighedTokens) -> Tensor:
         value = tokens.fact(fact_of(self.params.by))
         return -value if self.params.by.endswith("cross_entropy") else value
+
+    def score(self, tokens: WeighedTokens) -> Tensor | None:
+        return self.hardness(tokens) if self.params.among == "step" else None
 
     def weigh(self, tokens: WeighedTokens) -> Weights:
         if self.params.among == "step":
             return Weights(ops.among_largest(tokens.scores, tokens.scores_of_step, self.params.share))
         lengths = tokens.side.sample.bincount(minlength=tokens.side.sequences)
         wanted = (lengths.double() * self.params.share).ceil()
-        return Weights(ops.ranks_within(tokens.scores, tokens.side) < wanted[tokens.side.sample])
+        return Weights(ops.ranks_within(self.hardness(tokens), tokens.side) < wanted[tokens.side.sample])
 
 
 FACT_OF = {

@@ -75,7 +75,8 @@ def relation_distance(
 
     def block(q_s: Tensor, q_t: Tensor, place: Tensor, k_s: Tensor, k_t: Tensor) -> Tensor:
         seen = real[:, None] & (at <= place[:, :, None]) if causal else real[:, None].expand(-1, place.shape[1], -1)
-        ours, theirs = (torch.einsum("bnrd,btrd->brnt", q, k).to(wide) for q, k in ((q_s, k_s), (q_t, k_t)))
+        # Products in half precision would round scores, and so gradients, far more than their vectors are rounded.
+        ours, theirs = (torch.einsum("bnrd,btrd->brnt", q.to(wide), k.to(wide)) for q, k in ((q_s, k_s), (q_t, k_t)))
         return _distance(ours, theirs, seen[:, None], distance).mean(1)
 
     size = max(1, block_bytes // max(1, 2 * b * t * q_s.shape[2] * wide.itemsize))

@@ -226,7 +226,7 @@ def build_losses(
     built = []
     for term in losses:
         made = term.loss(term.params, pair, artifacts.get(term.name, {}))
-        ready = in_precision(made, DTYPES[context.recipe.precision])
+        ready = in_precision(made, DTYPES[context.recipe.precision]).to(context.device)
         weights = None if term.weights is None else term.weights.weights(term.weights.params).to(context.device)
         built.append(LossTerm.of(term.name, ready, term.state, term.prediction, weights))
     return built

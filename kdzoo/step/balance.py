@@ -15,7 +15,7 @@ class Balance(nn.Module):
     """What the weights of losses are multiplied with, from measurement to measurement.
 
     "gradient" (GradMag; Minixhofer et al., NeurIPS 2025, arxiv.org/abs/2503.20083): so that each loss's gradient at the
-    student's last state has a norm in proportion to the loss's weight, and the weights keep their sum.
+    student's last state has a norm in proportion to the size of the loss's weight, and these keep their sum.
 
     "pcgrad" (Yu et al., Gradient Surgery for Multi-Task Learning, NeurIPS 2020, arxiv.org/abs/2001.06782): what a
     gradient has against another is taken off it. The sum of such gradients is a weighted sum of the gradients as they
@@ -42,20 +42,21 @@ class Balance(nn.Module):
     def measured(self, given: Mapping[str, float], products: Mapping[tuple[str, str], float]) -> None:
         """New factors. `products`: of the gradients of weighted losses in a step that has just been taken, over all
         ranks and micro-batches; of a pair in either order. `given`: the recipe's weights at that step."""
-        gram = torch.tensor([[products.get((a, b), products.get((b, a), 0.0)) for b in self.slots] for a in self.slots])
-        used = torch.tensor([given[slot] for slot in self.slots], dtype=torch.float64).abs() * self.factors.cpu()
+        found = [[products.get((a, b), products.get((b, a), 0.0)) for b in self.slots] for a in self.slots]
+        gram = torch.tensor(found, dtype=torch.float64)  # squares, which float32 may have none of
+        wanted = torch.tensor([given[slot] for slot in self.slots], dtype=torch.float64).abs()
+        scale = self.factors.cpu()
         reached = gram.diagonal() > 0
         if not reached.any():
             return
-        factors = torch.ones_like(used)
+        gram, wanted, scale = gram[reached][:, reached], wanted[reached], scale[reached]
+        as_given = gram / scale[:, None] / scale  # of the gradients as the recipe weighs them
+        factors = torch.ones_like(self.factors, device="cpu")
         if self.how == "gradient":
-            norms = gram.diagonal().double().sqrt()[reached] / used[reached]  # of gradients that are not weighted
-            wanted = torch.tensor([given[slot] for slot in self.slots], dtype=torch.float64)[reached]
-            weights = wanted / norms
-            factors[reached] = weights * wanted.sum() / weights.sum() / wanted
+            per_norm = wanted / as_given.diagonal().sqrt()  # of gradients that are not weighted
+            factors[reached] = per_norm * wanted.sum() / (wanted * per_norm).sum()
         else:
-            scale = self.factors.cpu()  # of the gradients as the recipe weighs them
-            factors[reached] = surgery((gram.double() / scale[:, None] / scale)[reached][:, reached])
+            factors[reached] = surgery(as_given)
         self.factors.copy_(factors)
 
 

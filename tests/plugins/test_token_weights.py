@@ -286,3 +286,10 @@ def test_sequences_are_divided_by_the_sum_of_their_mean_weights():
 def test_weights_of_no_score_are_compared_with_none():
     assert TokenWeights.score(Column(Column.Params()), Tokens().seen(Column, Column.Params())) is None
     assert Weights(torch.ones(2)).temperatures is None
+
+
+def test_the_hardest_of_a_sequence_ask_nothing_of_other_ranks():
+    def gathered(scores: Tensor) -> Tensor:
+        raise AssertionError("scores of the step are nobody's business here")
+
+    step(TopShare, [Tokens()], gathered)

@@ -115,3 +115,27 @@ def test_factors_are_in_checkpoints():
     balance.measured({"a": 1.0, "b": 1.0}, {("a", "a"): 1.0, ("a", "b"): 0.0, ("b", "b"): 9.0})
     loaded.load_state_dict(balance.state_dict())
     assert loaded.weights({"a": 1.0, "b": 1.0}) == balance.weights({"a": 1.0, "b": 1.0}) == {"a": 1.5, "b": 0.5}
+
+
+def test_a_negative_weight_has_a_share_by_its_size():
+    given, gradients = {"learn": 1.0, "unlearn": -1.0}, some_gradients()
+    gradients = {"learn": gradients["sft"], "unlearn": gradients["far"]}
+    balance = Balance(list(given), "gradient")
+    for _ in range(2):
+        balance.measured(given, products(weighted(gradients, balance.weights(given))))
+        weights = balance.weights(given)
+        norms = {slot: float(gradient.norm()) for slot, gradient in weighted(gradients, weights).items()}
+        assert norms["learn"] == pytest.approx(norms["unlearn"])
+        assert weights["unlearn"] < 0 < weights["learn"]
+        assert weights["learn"] - weights["unlearn"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("how", ["gradient", "pcgrad"])
+def test_the_scale_of_all_gradients_does_not_matter(how):
+    given, gradients = dict.fromkeys(("sft", "kd", "far"), 1.0), some_gradients()
+    found = []
+    for scale in (1.0, 1e-25):  # whose square is none in float32
+        balance = Balance(list(given), how)
+        balance.measured(given, products(weighted(gradients, dict.fromkeys(given, scale))))
+        found.append(balance.weights(given))
+    assert found[0] == pytest.approx(found[1])
