@@ -29,7 +29,8 @@ class Entropy(TokenWeights):
 
     class Params(TokenWeightsParams):
         of: Literal["student", "teacher", "gap"] = "student"
-        """Whose entropy. "gap": the absolute difference of both."""
+        """Whose entropy. "gap": the absolute difference of both, of models with one
+        tokenizer. With two, a token that no span aligns gets the teacher's entropy 0."""
         power: float = Field(1.0, gt=0)
         """k, of the entropy as a weight. In nats."""
         above: float | None = Field(None, ge=0)
@@ -38,7 +39,8 @@ class Entropy(TokenWeights):
     @classmethod
     def needs(cls, params):
         models = ("student", "teacher") if params.of == "gap" else (params.of,)
-        return TokenNeeds(frozenset(f"{model}.entropy" for model in models))
+        facts = frozenset(f"{model}.entropy" for model in models)
+        return TokenNeeds(facts, tokenizers="same" if params.of == "gap" else "any")
 
     def weigh(self, tokens: WeighedTokens) -> Weights:
         if self.params.of == "gap":

@@ -37,7 +37,8 @@ class TopShare(TokenWeights):
             "hellinger",
             "total_variation",
         ] = "student_entropy"
-        """What makes a token hard. "cross_entropy": of the student."""
+        """What makes a token hard. "cross_entropy": of the student. With two tokenizers, the teacher's is that of the
+        whole span of text, and 0 outside every span."""
         among: Literal["sequence", "step"] = "sequence"
         """The tokens of each sequence, or all of the optimizer step."""
 

@@ -6,6 +6,7 @@ sum of all weights, which the loss is divided by, is known: it is the same howev
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,10 @@ class TokenWeightsParams(Params):
     of weight 0 are as if they were not there. "tokens": by all tokens, whatever they weigh."""
 
 
+OPTIONS = {"correct": r"[1-9]\d*", "label_logprob": r"\d+(\.\d+)?"}
+"""What may stand behind the `@` of a fact: how many of the likeliest tokens count, a temperature."""
+
+
 @dataclass(frozen=True)
 class TokenNeeds:
     """What weights are made of."""
@@ -36,11 +41,13 @@ class TokenNeeds:
     among the first five); the same of the `teacher`; and `pair.<divergence>` between the two, with one tokenizer."""
     columns: frozenset[str] = frozenset()
     """Columns of the training rows."""
+    tokenizers: Literal["any", "same"] = "any"
+    """"same": the weights make sense for one tokenizer only, as all that read `pair` facts do."""
 
     @property
     def compares_models(self) -> bool:
         """Whether both must have one tokenizer."""
-        return any(fact.startswith("pair.") for fact in self.facts)
+        return self.tokenizers == "same" or any(fact.startswith("pair.") for fact in self.facts)
 
     @property
     def reads_teacher(self) -> bool:
@@ -53,9 +60,12 @@ class TokenNeeds:
     def unknown_fact(self) -> str | None:
         """What is wrong with the first fact that there is not."""
         for fact in sorted(self.facts):
-            name = fact.partition("@")[0]
+            name, _, option = fact.partition("@")
             if name not in (*TOKEN_FACTS, *PAIR_FACTS):
                 return f"no fact of tokens is called '{fact}'{did_you_mean(name, (*TOKEN_FACTS, *PAIR_FACTS))}"
+            form = OPTIONS.get(name.partition(".")[2])
+            if option and (form is None or not re.fullmatch(form, option)):
+                return f"the fact '{name}' has no option '{option}'"
         return None
 
 

@@ -28,7 +28,7 @@ from kdzoo.step.balance import Balance, How
 from kdzoo.step.distiller import Aim, Distiller, teacher_sites
 from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report
-from kdzoo.step.weighing import Facts, Weighed, weigh_step
+from kdzoo.step.weighing import WATCHED_OF_WEIGHTS, Facts, Weighed, weigh_step
 
 TeacherSites = Mapping[str, Tensor]
 """Site -> what the teacher shows there."""
@@ -86,8 +86,9 @@ class StudentEngine:
         apart = self._apart_every is not None and number % self._apart_every == 0 and self.distiller.student is not None
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         norm: float | None = None
-        for batch, seen, mine in zip(batches, sites, weighed, strict=True):
-            loss = self._loss(batch, seen, Aim(weights, report, mine, apart))
+        for n, (batch, mine) in enumerate(zip(batches, weighed, strict=True)):
+            loss = self._loss(batch, sites[n], Aim(weights, report, mine, apart))
+            sites[n] = None  # read for good
             total += loss.detach()
             # DeepSpeed divides by accumulation and averages over ranks; our losses are shares of a global mean.
             self.engine.backward(loss * (self.accumulation * world()))
@@ -103,7 +104,9 @@ class StudentEngine:
         found = of_all_ranks.values
         for term in self.distiller.terms:
             own = f"{term.name}/"
-            names = [name for name in (*report.terms, *report.watched) if name.startswith(own) and name in found]
+            of_weights = {f"{own}{name}" for name in WATCHED_OF_WEIGHTS}
+            told = [name for name in (*report.terms, *report.watched) if name in found and name not in of_weights]
+            names = [name for name in told if name.startswith(own)]
             own_terms = {name.removeprefix(own): found[name] for name in names}
             term.loss.after_step(own_terms, progress)
             if term.weights is not None:

@@ -176,6 +176,9 @@ def _needs(loss: type[Loss], params: Any, pair: ModelPair, address: str) -> Need
     try:
         needs = loss.needs_of(params, pair)
     except RecipeError as error:  # a parameter asks for what these models do not have
+        plain = loss.needs(params, pair.same_tokens)
+        if plain.tokenizers == "same" and not pair.same_tokens:
+            return plain  # two tokenizers are refused for all that they are, not for a size
         raise RecipeError(f"{address}.params.{error}") from error
     except KdzooError as error:  # it reads a model that the stage does not have
         raise RecipeError(f"{address}: {error}") from error

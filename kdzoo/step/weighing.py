@@ -122,6 +122,9 @@ class TokenFacts(nn.Module):
 
 # What tokens weigh
 
+WATCHED_OF_WEIGHTS = ("token_weight", "token_temperature")
+"""What is logged of a weighed term beside what its loss watches."""
+
 TOKENS_OF: Mapping[str, Reduction] = {"student": "tokens", "teacher": "teacher_tokens"}
 """By model: what its tokens are called in a term."""
 
