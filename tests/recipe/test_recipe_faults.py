@@ -85,7 +85,11 @@ CASES = {
     ),
     "a target for all that is no list": (
         {"student": {"lora": {"targets": "q_proj"}}},
-        "student.lora.targets: 'q_proj' is not 'all-linear' (set by patch.json)",
+        "student.lora.targets: 'q_proj' is not 'all-linear' or list, each string (set by patch.json)",
+    ),
+    "no target": (
+        {"student": {"lora": {"targets": []}}},
+        "student.lora.targets: is empty; give at least one (set by patch.json)",
     ),
     "LoRA for a teacher that no stage trains": (
         {"teacher": {"lora": {"rank": 4}}},
