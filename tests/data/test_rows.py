@@ -118,7 +118,15 @@ def test_columns_are_numbers_of_the_row_or_of_its_tokens(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("value", "told"),
-    [(-1, "-1"), ("2", '"2"'), (None, "null"), ([1, -0.5], "-0.5"), ([[1]], r"\[1\]"), ({"a": 1}, r'{"a": 1}')],
+    [
+        (-1, "-1"),
+        (True, "true"),
+        ("2", '"2"'),
+        (None, "null"),
+        ([1, -0.5], "-0.5"),
+        ([[1]], r"\[1\]"),
+        ({"a": 1}, r'{"a": 1}'),
+    ],
 )
 def test_what_is_no_weight_is_one_line(value: object, told: str, tmp_path: Path) -> None:
     path = written(tmp_path, {**ONE, "weight": value})
