@@ -66,6 +66,10 @@ CASES = {
         "stages.answers.decoding.seeds: greedy decoding does not read it; set 'sample' to true, or remove it "
         "(set by patch.json)",
     ),
+    "answers of no seed": (
+        {"stages": {"answers": {"decoding": {"sample": True, "seeds": []}}}},
+        "stages.answers.decoding.seeds: is empty; give at least one (set by patch.json)",
+    ),
     "a choice of one": (
         {"stages": {"answers": {"score": "mean_logprob", "decoding": {"sample": True, "seeds": [1]}}}},
         "stages.answers.score: there is one candidate, so that nothing is chosen; let 'decoding' sample with several "
