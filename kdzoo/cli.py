@@ -439,12 +439,14 @@ def _lora(source: ModelSource) -> str:
 def _term(name: str, slot: LossSlot) -> str:
     weight = slot.weight
     amount = f"{weight:g}" if isinstance(weight, float) else f"{weight.start:g} to {weight.end:g}"
-    return f"{amount} × {slot.use}" + (f" as '{name}'" if name != slot.use else "")
+    alias = f" as '{name}'" if name != slot.use else ""
+    return f"{amount} × {slot.use}{alias}" + (f" weighed by '{slot.weights}'" if slot.weights is not None else "")
 
 
 def _length(name: str, stage: Stage) -> str:
     count, unit = (stage.steps, "step") if stage.steps else (stage.epochs, "epoch")
-    return f"{name} ({count:g} {unit}{'' if count == 1 else 's'})"
+    balance = f", balanced by '{stage.balance}'" if stage.balance is not None else ""
+    return f"{name} ({count:g} {unit}{'' if count == 1 else 's'}{balance})"
 
 
 def _origins(loaded: LoadedRecipe) -> Iterator[str]:
@@ -520,7 +522,7 @@ def _lines(declared: Declarations) -> Iterator[str]:
     for kind, plugins in _kinds(declared):
         yield f"{kind}:"
         for plugin in plugins.values():
-            yield f"  {plugin.name}  [{plugin.plugin}]  {_first_line(plugin.doc)}"
+            yield f"  {plugin.name}  [{plugin.plugin}]  {_first_paragraph(plugin.doc)}"
             for note in filter(None, (plugin.formula, plugin.paper)):
                 yield f"      {note}"
             for parameter, doc in _parameters(plugin.params):
@@ -537,7 +539,7 @@ def _print_tables(declared: Declarations) -> None:
         columns = (Column(name, overflow="fold") for name in ("name", "plugin", "what it is", "parameters"))
         table = Table(*columns, title=kind, title_justify="left", show_lines=True)
         for plugin in plugins.values():
-            what = filter(None, (_first_line(plugin.doc), plugin.formula, plugin.paper))
+            what = filter(None, (_first_paragraph(plugin.doc), plugin.formula, plugin.paper))
             parameters = (parameter for parameter, _ in _parameters(plugin.params))
             cells = (plugin.name, plugin.plugin, "\n".join(what), "\n".join(parameters))
             table.add_row(*map(Text, cells))  # Text: a formula's brackets are no markup
@@ -560,5 +562,5 @@ def _parameters(schema: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"{name} ({in_words(parameter)}{default})", " ".join(parameter.get("description", "").split())
 
 
-def _first_line(text: str) -> str:
-    return text.partition("\n")[0]
+def _first_paragraph(text: str) -> str:
+    return " ".join(text.partition("\n\n")[0].split())

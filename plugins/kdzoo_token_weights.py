@@ -66,7 +66,7 @@ class Column(TokenWeights):
         return TokenNeeds(columns=frozenset({params.column}))
 
     def weigh(self, tokens: WeighedTokens) -> Weights:
-        return Weights(tokens.columns[self.params.column])
+        return Weights(tokens.column(self.params.column))
 
 
 class Verdict(TokenWeights):

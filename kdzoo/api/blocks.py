@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -16,7 +16,7 @@ Block = int | Literal["last"]
 class BlockParams(Params):
     """Parameters of a method between blocks, for its own to inherit."""
 
-    pairs: Literal["uniform"] | list[tuple[Block, Block]] = Field([("last", "last")], min_length=1)
+    pairs: Literal["uniform"] | Annotated[list[tuple[Block, Block]], Field(min_length=1)] = Field([("last", "last")])
     """[[student, teacher], ...]: blocks counted from 0, or from the end (-1 is the last). "last" is the last block, and
     of hidden states what the head reads, after the final norm. "uniform": block i of the student with block
     (i + 1) * (teacher's blocks) / (student's blocks) - 1 of the teacher, rounded down (TinyBERT's)."""

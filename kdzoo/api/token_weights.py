@@ -89,6 +89,12 @@ class WeighedTokens:
             raise KdzooError(f"token weights read the fact '{name}'; declare it in 'needs'")
         return self.facts[name]
 
+    def column(self, name: str) -> Tensor:
+        """[N] a column that the needs declare."""
+        if name not in self.columns:
+            raise KdzooError(f"token weights read the column '{name}'; declare it in 'needs'")
+        return self.columns[name]
+
     def __len__(self) -> int:
         return len(self.side)
 

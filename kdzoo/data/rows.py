@@ -114,10 +114,10 @@ def _row(
         return content[field]
 
     def numbers(column: str) -> Numbers:
-        value = read(column, "name the column in the parameters of the token weights that read it")
+        value = read(column, "give every row a number there, or name another column where 'token_weights' reads it")
         many = isinstance(value, list)
         for one in value if many else [value]:
-            if not isinstance(one, int | float) or not math.isfinite(one) or one < 0:
+            if not isinstance(one, int | float) or isinstance(one, bool) or not math.isfinite(one) or one < 0:
                 raise DataError(
                     f"{address}: field '{column}' of row {number} in {origin} is {json.dumps(one)}; a weight is a "
                     "number of at least 0, or a list with one for each token of the response"

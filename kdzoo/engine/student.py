@@ -28,7 +28,7 @@ from kdzoo.step.balance import Balance, How
 from kdzoo.step.distiller import Aim, Distiller, teacher_sites
 from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report
-from kdzoo.step.weighing import WATCHED_OF_WEIGHTS, Facts, Weighed, weigh_step
+from kdzoo.step.weighing import WATCHED_OF_WEIGHTS, Facts, Weighed, refuse_invalid, weigh_step
 
 TeacherSites = Mapping[str, Tensor]
 """Site -> what the teacher shows there."""
@@ -145,7 +145,10 @@ class StudentEngine:
                     self.engine(batch=batch, teacher=seen or {}, teacher_head=self.teacher_head, aim=None)
                     for batch, seen in zip(batches, sites, strict=True)
                 ]
-        return sites, weigh_step(weighed, batches, facts, self._of_all_ranks, partial(summed, device=self.device))
+        over_ranks = partial(summed, device=self.device)
+        found = weigh_step(weighed, batches, facts, self._of_all_ranks, over_ranks)
+        refuse_invalid(found, over_ranks)
+        return sites, found
 
     def _of_all_ranks(self, values: Tensor) -> Tensor:
         return torch.cat([part.to(self.device) for part in gathered(values.cpu())])

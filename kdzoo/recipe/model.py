@@ -226,7 +226,7 @@ class Decoding(Section):
     """The logits are divided by it when tokens are drawn."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Tokens are drawn from the likeliest ones that have this probability together."""
-    seeds: list[int] = Field(default_factory=lambda: [10])
+    seeds: list[int] = Field(default_factory=lambda: [10], min_length=1)
     """One generation per sampling seed; their mean is reported. Greedy decoding runs once."""
     no_repeat_ngram_size: int = Field(default=0, ge=0)
     """No n-gram of this length occurs twice in prompt and answer. 0: no limit. The literature samples with 6."""

@@ -92,7 +92,10 @@ def _missing(merged: Merged, address: Address, advice: str = "") -> str:
 
 
 def _leaves(error: ValidationError) -> Iterator[ValidationError]:
-    """An error of a union is those of the branch that the value's type fits, if there is one such branch."""
+    """An error of a union is those of the branch that the value's type fits, if there is one such branch.
+
+    Where that branch is one word, the other branches belong into the message as well.
+    """
     if error.validator not in ("anyOf", "oneOf"):
         yield error
         return
@@ -104,7 +107,7 @@ def _leaves(error: ValidationError) -> Iterator[ValidationError]:
         for branch in branches.values()
         if not any(inner.validator == "type" and not inner.relative_path for inner in branch)
     ]
-    if len(fitting) == 1:
+    if len(fitting) == 1 and not any(inner.validator == "const" and not inner.relative_path for inner in fitting[0]):
         yield from chain.from_iterable(map(_leaves, fitting[0]))
     else:
         yield error
@@ -130,6 +133,8 @@ def _schema_fault(merged: Merged, error: ValidationError) -> Iterator[str]:
             words = [value for value in error.schema["enum"] if isinstance(value, str)]
             hint = did_you_mean(error.instance, words) if isinstance(error.instance, str) else ""
             yield fault(merged, address, f"{_is_not(error)}{hint}")
+        case "minItems" if not error.instance and error.validator_value == 1:
+            yield fault(merged, address, "is empty; give at least one")
         case "minItems" | "maxItems" | "minLength" | "maxLength":
             yield fault(merged, address, f"{_is_not(error)}; its length is {len(error.instance)}")
         case "type" | "anyOf" | "oneOf" | "const" | "minimum" | "maximum" | "exclusiveMinimum" | "exclusiveMaximum":
@@ -204,6 +209,11 @@ def _stages(merged: Merged) -> Iterator[str]:
                 else "follows the gradients that 'gradients_every' measures; give a number there"
             )
             yield fault(merged, (*at, "balance"), why)
+        losses = merged.document.get("losses") if at[-1] == "distill" else stage.get("losses")
+        if stage.get("balance") is not None and isinstance(losses, dict) and len(losses) < 2:
+            yield fault(
+                merged, (*at, "balance"), "there is one loss, and nothing to balance; add another, or remove it"
+            )
         if name not in NAMED_STAGES:
             if "use" not in stage:
                 hint = did_you_mean(name, NAMED_STAGES) or "; name the loss whose module this stage trains"

@@ -255,8 +255,12 @@ def weigh_step(
         if term.weights is None:
             continue
         seen = [_seen(term, batch, known) for batch, known in zip(batches, facts, strict=True)]
-        seen = _scored(term.weights, seen, gathered)
-        weights = [_valid(term, term.weights.weigh(tokens), len(tokens)) for tokens in seen]
+        try:
+            seen = _scored(term.weights, seen, gathered)
+            made = [term.weights.weigh(tokens) for tokens in seen]
+        except KdzooError as error:  # what the weights read is not what they declare
+            raise KdzooError(f"losses.{term.name}.weights: {error}") from error
+        weights = [_valid(term, each, len(tokens)) for each, tokens in zip(made, seen, strict=True)]
         weighed = [Weighed(batch, each) for batch, each in zip(batches, weights, strict=True)]
         by_weights = term.weights.params.divide_by == "weights"
         counts = _counts(weighed, summed) if by_weights else [batch.counts for batch in batches]
@@ -290,6 +294,11 @@ def _seen(term: LossTerm, batch: Batch, facts: Facts) -> WeighedTokens:
 
 def _valid(term: LossTerm, weights: Weights, count: int) -> Weights:
     """In at least float32."""
+    if not isinstance(weights, Weights):
+        raise KdzooError(
+            f"losses.{term.name}.weights: 'weigh' of '{term.weights.name}' returns a {type(weights).__name__}; return "
+            "Weights(values)"
+        )
     for what, found in {"weights": weights.values, "temperatures": weights.temperatures}.items():
         if found is not None and found.shape != (count,):
             raise KdzooError(
@@ -299,6 +308,26 @@ def _valid(term: LossTerm, weights: Weights, count: int) -> Weights:
     tau = weights.temperatures
     values = weights.values if weights.values.is_floating_point() else weights.values.float()
     return Weights(ops.widened(values), None if tau is None else ops.widened(tau))
+
+
+def refuse_invalid(weighed: Sequence[Mapping[str, Weighed]], summed: Summed = alone) -> None:
+    """End the step, on every rank, where some weight is no number of at least 0, or some temperature none above 0.
+
+    Such numbers would train on in silence.
+    """
+    counts: dict[str, Tensor] = {}
+    for name in weighed[0] if weighed else ():
+        ours = [one[name].weights for one in weighed]
+        values = torch.cat([one.values for one in ours])
+        wrong = ~(values.isfinite() & (values >= 0))
+        counts[f"losses.{name}.weights: {{}} of them are negative or not finite; each is at least 0"] = wrong.sum()
+        temperatures = [one.temperatures for one in ours if one.temperatures is not None]
+        tau = torch.cat(temperatures) if temperatures else values.new_ones(0)
+        told = f"losses.{name}.weights: {{}} of their temperatures are not above 0 or not finite; each divides logits"
+        counts[told] = (~(tau.isfinite() & (tau > 0))).sum()
+    for told, count in summed(counts).items():
+        if count:
+            raise KdzooError(told.format(int(count)))
 
 
 def weighed_sums(term: str, terms: Terms, factors: Callable[[Term], Tensor]) -> Sums:

@@ -118,7 +118,15 @@ def test_columns_are_numbers_of_the_row_or_of_its_tokens(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("value", "told"),
-    [(-1, "-1"), ("2", '"2"'), (None, "null"), ([1, -0.5], "-0.5"), ([[1]], r"\[1\]"), ({"a": 1}, r'{"a": 1}')],
+    [
+        (-1, "-1"),
+        (True, "true"),
+        ("2", '"2"'),
+        (None, "null"),
+        ([1, -0.5], "-0.5"),
+        ([[1]], r"\[1\]"),
+        ({"a": 1}, r'{"a": 1}'),
+    ],
 )
 def test_what_is_no_weight_is_one_line(value: object, told: str, tmp_path: Path) -> None:
     path = written(tmp_path, {**ONE, "weight": value})
@@ -140,7 +148,7 @@ def test_a_weight_is_finite(value: str, tmp_path: Path) -> None:
 def test_a_column_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     path = written(tmp_path, {**ONE, "wieght": 1})
     line = (
-        r"'weight' is not in .*, did you mean 'wieght'\?; row 1 has .*; name the column in the parameters of the token "
-    )
+        r"'weight' is not in .*, did you mean 'wieght'\?; row 1 has .*; give every row a number "
+        "there, or name another column where 'token_weights' reads it",
     with pytest.raises(DataError, match=line):
         load_rows(Source(jsonl=str(path)), "data.train", ["weight"])

@@ -59,6 +59,15 @@ def test_validate_says_in_one_line_what_would_happen(recipe, capsys):
     )
 
 
+def test_validate_says_how_losses_are_weighed_and_balanced(recipe, capsys, site):
+    site.install("zoo-weights", weights="weights")
+    weighed = ["--set", "losses.shift.weights=even", "--set", "token_weights.even.use=even"]
+    assert main(["validate", recipe, *weighed, "--set", "stages.distill.balance=pcgrad"]) == 0
+    said = capsys.readouterr().out
+    assert "0.5 × shift weighed by 'even';" in said
+    assert "distill (1 epoch, balanced by 'pcgrad');" in said
+
+
 def test_faults_are_lines_without_a_traceback(recipe, capsys):
     assert main(["validate", recipe, "--set", "seed=x", "--set", "sead=1"]) == 2
     output = capsys.readouterr()
@@ -89,7 +98,7 @@ def test_list_prints_plain_lines_where_nobody_looks(recipe, capsys):
     assert main(["list"]) == 0
     assert capsys.readouterr().out == (
         "losses:\n"
-        "  shift  [good]  Moves the student.\n"
+        "  shift  [good]  Moves the student a little.\n"
         "      s + t\n"
         "      A paper, 2026\n"
         "      width (integer ≥ 1, default 64): Of the projection.\n"

@@ -26,7 +26,7 @@ def test_a_loss_declares_its_texts_and_parameters(site):
     shift = declarations().of("loss")["shift"]
 
     assert (shift.kind, shift.name, shift.plugin) == ("loss", "shift", "good")
-    assert shift.doc == "Moves the student.\n\nWith a second paragraph."
+    assert shift.doc == "Moves the student\na little.\n\nWith a second paragraph."
     assert (shift.paper, shift.formula) == ("A paper, 2026", "s + t")
     assert shift.params["properties"]["width"] == {
         "default": 64,

@@ -39,6 +39,11 @@ def test_a_recipe_and_a_suite_may_have_one_name() -> None:
     assert recipe_file("lab") == library() / "pairs" / "lab.json"
 
 
+def test_no_two_methods_have_one_title() -> None:
+    titles = [json.loads(file.read_text()).get("title") for file in library().glob("*.json")]
+    assert [title for title in titles if title and titles.count(title) > 1] == []
+
+
 @pytest.mark.parametrize("name", ["../dskd", "/dskd", "./pairs/../dskd", "suites/lab", "recipe.schema", ".", ""])
 def test_a_path_that_does_not_exist_is_no_name(name: str) -> None:
     assert recipe_file(name) is None

@@ -66,6 +66,10 @@ CASES = {
         "stages.answers.decoding.seeds: greedy decoding does not read it; set 'sample' to true, or remove it "
         "(set by patch.json)",
     ),
+    "answers of no seed": (
+        {"stages": {"answers": {"decoding": {"sample": True, "seeds": []}}}},
+        "stages.answers.decoding.seeds: is empty; give at least one (set by patch.json)",
+    ),
     "a choice of one": (
         {"stages": {"answers": {"score": "mean_logprob", "decoding": {"sample": True, "seeds": [1]}}}},
         "stages.answers.score: there is one candidate, so that nothing is chosen; let 'decoding' sample with several "
@@ -85,7 +89,11 @@ CASES = {
     ),
     "a target for all that is no list": (
         {"student": {"lora": {"targets": "q_proj"}}},
-        "student.lora.targets: 'q_proj' is not 'all-linear' (set by patch.json)",
+        "student.lora.targets: 'q_proj' is not 'all-linear' or list, each string (set by patch.json)",
+    ),
+    "no target": (
+        {"student": {"lora": {"targets": []}}},
+        "student.lora.targets: is empty; give at least one (set by patch.json)",
     ),
     "LoRA for a teacher that no stage trains": (
         {"teacher": {"lora": {"rank": 4}}},

@@ -16,7 +16,7 @@ from kdzoo.errors import KdzooError
 from kdzoo.step.distiller import Aim, Distiller
 from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report
-from kdzoo.step.weighing import Weighed, mean_by, weigh_step
+from kdzoo.step.weighing import Weighed, mean_by, refuse_invalid, weigh_step
 from kdzoo.testing.promises.ranks import two_ranks
 from kdzoo.testing.promises.rearrange import rearranged
 from kdzoo.testing.promises.world import SLOT, Outcome, Subject, World, outcome, registry
@@ -195,6 +195,38 @@ def test_weights_of_another_shape_are_one_line():
 
     with pytest.raises(KdzooError, match=r"^losses\.loss\.weights: the weights are \[3\], of 14 tokens; return"):
         _ = World(subject("cross_entropy", Short), same_tokens=True).whole
+
+
+def test_what_is_not_made_of_weights_is_one_line():
+    class Bare(Two):
+        name = "bare"
+
+        def weigh(self, tokens: WeighedTokens) -> Weights:
+            return torch.ones(len(tokens))
+
+    with pytest.raises(
+        KdzooError, match=r"^losses\.loss\.weights: 'weigh' of 'bare' returns a Tensor; return Weights\("
+    ):
+        _ = World(subject("cross_entropy", Bare), same_tokens=True).whole
+
+
+@pytest.mark.parametrize(
+    ("weight", "temperature", "told"),
+    [
+        (-0.5, None, "2 of them are negative or not finite; each is at least 0"),
+        (float("nan"), 1.0, "2 of them are negative or not finite; each is at least 0"),
+        (1.0, 0.0, "2 of their temperatures are not above 0 or not finite; each divides logits"),
+    ],
+)
+def test_weights_that_no_loss_can_be_divided_by_are_one_line(weight, temperature, told):
+    world = World(subject("cross_entropy", Two), same_tokens=True)
+    batch, weights = world.batch(), torch.ones(len(world.batch().student))
+    tau = None if temperature is None else torch.ones_like(weights)
+    weights[:2] = weight
+    if tau is not None:
+        tau[:2] = temperature
+    with pytest.raises(KdzooError, match=rf"^losses\.loss\.weights: {told}"):
+        refuse_invalid([{SLOT: Weighed(batch, Weights(weights, tau))}])
 
 
 def test_means_by_place_leave_out_what_has_none():
