@@ -149,6 +149,7 @@ def test_a_column_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     path = written(tmp_path, {**ONE, "wieght": 1})
     line = (
         r"'weight' is not in .*, did you mean 'wieght'\?; row 1 has .*; give every row a number "
-        "there, or name another column where 'token_weights' reads it",
+        "there, or name another column where 'token_weights' reads it"
+    )
     with pytest.raises(DataError, match=line):
         load_rows(Source(jsonl=str(path)), "data.train", ["weight"])

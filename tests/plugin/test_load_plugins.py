@@ -114,7 +114,7 @@ def test_a_loss_registered_twice_is_refused(site):
 
 
 def test_every_fixture_is_tested():
-    tested = BROKEN.keys() - {"not_there"} | {"good", "other", "same_loss", "twice"}
+    tested = BROKEN.keys() - {"not_there"} | {"good", "other", "same_loss", "twice", "weights"}
     assert {file.stem for file in FIXTURES.glob("*.py")} == tested
 
 
