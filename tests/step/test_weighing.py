@@ -117,7 +117,7 @@ def test_a_weight_that_all_have_changes_nothing_unless_it_is_divided_by_tokens(l
     assert alone.plus(alone).difference(by_tokens) == ""
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_two_ranks_of_zero_weigh_losses_of_every_kind_as_one_process_does():
     tried = [(loss, "share of the step", True) for loss in KINDS]
     tried += [(loss, "column", False) for loss in KINDS if named(loss, "column").fits_two_tokenizers]
