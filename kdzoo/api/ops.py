@@ -42,7 +42,7 @@ from kdzoo.api.relations import (
     relation_of,
 )
 from kdzoo.api.selection import VerdictParams, among_largest, ranks_within
-from kdzoo.api.spans import Spans, by_text, groups_by_position, groups_by_text, is_followed
+from kdzoo.api.spans import Spans, by_text, groups_by_position, groups_by_text, is_followed, mean_by
 from kdzoo.api.states import best_linear, linear_cka, regression_sums
 from kdzoo.api.view import pad_tokens, places_within, unpad_tokens
 
@@ -270,6 +270,7 @@ __all__ = [
     "linear_cka",
     "linked_entries",
     "log_ratio",
+    "mean_by",
     "means_of_sequences",
     "pad_tokens",
     "places_within",

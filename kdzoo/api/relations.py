@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kdzoo.api.batch import Side
 from kdzoo.api.models import Heads
+from kdzoo.api.spans import mean_by
 from kdzoo.api.view import pad_tokens, unpad_tokens
 
 RelationDistance = Literal["kl", "mse", "mse_of_softmax"]
@@ -43,9 +44,8 @@ def attention_of(query: Tensor, key: Tensor, of: Heads) -> Relation:
 
 def means_of_sequences(values: Tensor, rows: Side, scored: Side) -> Tensor:
     """The mean of values [n] of `rows` over each sequence [B]; 0 where it has no token that is scored."""
-    total = values.new_zeros(rows.sequences).index_add(0, rows.sample, values)
-    present = torch.zeros_like(total).index_fill(0, scored.sample, 1)
-    return total / rows.sample.bincount(minlength=rows.sequences).clamp_min(1) * present
+    means = mean_by(values, rows.sample, rows.sequences)
+    return means * torch.zeros_like(means).index_fill(0, scored.sample, 1)
 
 
 def relation_distance(

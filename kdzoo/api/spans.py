@@ -15,6 +15,17 @@ Skips = tuple[bool, bool]
 """Whether the last token of every sequence is left out, of the student's and of the teacher's."""
 
 
+def mean_by(values: Tensor, index: Tensor, count: int, otherwise: float = 0.0) -> Tensor:
+    """Means [count, ...] of `values` [n, ...] by `index` [n], and `otherwise` where nothing is.
+
+    -1, and what is not below `count`, is no place.
+    """
+    place = torch.where((index < 0) | (index >= count), count, index)
+    total = values.new_zeros((count + 1, *values.shape[1:])).index_add(0, place, values)[:count]
+    number = place.bincount(minlength=count + 1)[:count].to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+    return torch.where(number > 0, total / number.clamp_min(1), otherwise)
+
+
 def is_followed(side: Side) -> Tensor:
     """Whether another token of its sequence comes after each token [N] bool: all but the last."""
     followed = torch.zeros_like(side.sample, dtype=torch.bool)
@@ -77,10 +88,7 @@ class Spans:
 
     def mean(self, model: str, values: Tensor) -> Tensor:
         """The mean over each span's tokens [K, ...] of values [n, ...]; 0 without a span."""
-        of, places = self.of[model], len(self.held)
-        total = values.new_zeros((places + 1, *values.shape[1:])).index_add(0, of, values)[:-1]
-        count = of.bincount(minlength=places + 1)[:-1].clamp_min(1)
-        return total / count.to(values.dtype).view(-1, *[1] * (values.dim() - 1))
+        return mean_by(values, self.of[model], len(self.held))
 
     def last(self, model: str, values: Tensor) -> Tensor:
         """The value [n] of each span's last token [K]; 0 without a span."""

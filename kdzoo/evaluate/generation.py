@@ -48,37 +48,6 @@ class Continuation:
     """Whether the model has ended it itself. False: it was cut after the most tokens."""
 
 
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[str],
-    decoding: Decoding,
-    seed: int,
-    *,
-    max_new_tokens: int,
-    max_prompt_length: int,
-    batch: int,
-    add_special_tokens: bool,
-    synced: bool = False,
-    on_batch: Callable[[int], None] | None = None,
-) -> list[str]:
-    """The model's answer to every prompt, in their order: the texts of `continue_prompts`."""
-    found = continue_prompts(
-        model,
-        tokenizer,
-        prompts,
-        decoding,
-        seed,
-        max_new_tokens=max_new_tokens,
-        max_prompt_length=max_prompt_length,
-        batch=batch,
-        add_special_tokens=add_special_tokens,
-        synced=synced,
-        on_batch=on_batch,
-    )
-    return [answer.text for answer in found]
-
-
 def continue_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,

@@ -21,7 +21,7 @@ from kdzoo.data.template import prompt_of
 from kdzoo.engine.distributed import gathered, rank, summed, world
 from kdzoo.engine.frozen import FrozenModel, gather
 from kdzoo.evaluate import ModelScores, RougeScores
-from kdzoo.evaluate.generation import generate
+from kdzoo.evaluate.generation import continue_prompts
 from kdzoo.evaluate.rouge import mean_score, rouge_l
 from kdzoo.recipe.model import Decoding, Evaluation
 from kdzoo.step.chunks import CHUNK_BYTES
@@ -80,7 +80,7 @@ def own_generator(model: PreTrainedModel, encoder: Encoder, evaluation: Evaluati
     """Our own generation with a loaded model; `synced` where it is partitioned over ranks."""
 
     def answer(prompts: Sequence[str], decoding: Decoding, seed: int, on_batch: Callable[[int], None]) -> list[str]:
-        return generate(
+        found = continue_prompts(
             model,
             encoder.tokenizer,
             prompts,
@@ -93,6 +93,7 @@ def own_generator(model: PreTrainedModel, encoder: Encoder, evaluation: Evaluati
             synced=synced,
             on_batch=on_batch,
         )
+        return [one.text for one in found]
 
     return answer
 

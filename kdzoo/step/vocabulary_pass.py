@@ -23,7 +23,7 @@ from kdzoo.api.batch import Side
 from kdzoo.api.chunk import Index, Logits
 from kdzoo.api.loss import Stream
 from kdzoo.api.models import Role
-from kdzoo.api.ops import at_least_float32
+from kdzoo.api.ops import at_least_float32, mean_by
 from kdzoo.api.terms import Terms
 from kdzoo.errors import KdzooError, did_you_mean
 from kdzoo.step.chunks import (
@@ -56,7 +56,7 @@ from kdzoo.step.plan import (
     walks_of_packings,
 )
 from kdzoo.step.report import Sums, weighted_sum
-from kdzoo.step.weighing import TOKENS_OF, mean_by, weighed_sums
+from kdzoo.step.weighing import TOKENS_OF, weighed_sums
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[Any]]
 """Makes parameters whole for the time of a `with` block, on every rank together."""
@@ -371,7 +371,7 @@ class _Run:
         factors = weighed.factors[stream.tokens[at]]
         if stream.group is None or count != groups.stop - groups.start:
             return factors
-        return mean_by(factors, stream.group[at] - groups.start, count)
+        return mean_by(factors, stream.group[at] - groups.start, count, otherwise=1.0)
 
     def _per_token(self, one: Sight, seen: Mapping[str, Logits]) -> Mapping[str, Tensor]:
         values = one.visit.of(self.terms[one.term].loss, seen)
@@ -458,7 +458,7 @@ class _Run:
                 "differ; say it in 'Stream.tokens', or take weights without temperatures"
             )
         groups = int(stream.group[-1]) + 1 if len(stream.group) else 0
-        return mean_by(weighed.weights.temperatures[told.tokens], told.group, groups)[stream.group[at]]
+        return mean_by(weighed.weights.temperatures[told.tokens], told.group, groups, otherwise=1.0)[stream.group[at]]
 
     def _known(self, term: LossTerm, axis: str, at: Index, facts: Facts) -> dict[str, Tensor]:
         """The facts that the term declares, on these tokens of a model; `facts` are those of the tile."""

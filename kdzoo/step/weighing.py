@@ -137,35 +137,28 @@ def carried(batch: Batch, values: Tensor, of: Of, count: int) -> Tensor:
     student = batch.student
     assert student is not None
     if isinstance(of, Tensor):
-        return mean_by(values, of, count)
+        return ops.mean_by(values, of, count, otherwise=1.0)
     match of:
         case "tokens":
             return values
         case "pairs":
             return values[batch.pairs[:, 0]]
         case "spans":
-            return mean_by(values, student.span, count)
+            return ops.mean_by(values, student.span, count, otherwise=1.0)
         case "sequences":
-            return mean_by(values, student.sample, count)
+            return ops.mean_by(values, student.sample, count, otherwise=1.0)
     if batch.same_tokens:
         return values
     teacher = batch.teacher
     assert teacher is not None
     spans = 1 + int(torch.cat([student.span, teacher.span, student.span.new_full((1,), -1)]).max())
-    by_span, by_sequence = mean_by(values, student.span, spans), mean_by(values, student.sample, student.sequences)
+    by_span = ops.mean_by(values, student.span, spans, otherwise=1.0)
+    by_sequence = ops.mean_by(values, student.sample, student.sequences, otherwise=1.0)
     shared = torch.zeros(spans + 1, dtype=torch.bool, device=values.device).index_fill(0, student.span, True)
     shared[-1] = False  # the place of tokens without a span
     return torch.where(
         shared[teacher.span], torch.cat([by_span, by_span.new_ones(1)])[teacher.span], by_sequence[teacher.sample]
     )
-
-
-def mean_by(values: Tensor, index: Tensor, count: int) -> Tensor:
-    """[count] means of `values` [N] by `index` [N]; of -1 and from `count` on are none, and 1 where nothing is."""
-    place = torch.where((index < 0) | (index >= count), count, index)
-    total = values.new_zeros(count + 1).index_add(0, place, values)
-    number = values.new_zeros(count + 1).index_add(0, place, torch.ones_like(values))
-    return torch.where(number > 0, total / number.clamp_min(1), 1)[:count]
 
 
 @dataclass(frozen=True)

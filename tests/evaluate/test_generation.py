@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from kdzoo.errors import ModelError
-from kdzoo.evaluate.generation import Draw, NoRepeatNgram, generate, require_positions
+from kdzoo.evaluate.generation import Draw, NoRepeatNgram, continue_prompts, require_positions
 from kdzoo.recipe.model import Decoding
 
 PROMPTS = [
@@ -112,7 +112,7 @@ def answers(model, tokenizer, prompts=PROMPTS, decoding=GREEDY, seed=10, **chang
         "add_special_tokens": False,
         **changed,
     }
-    return generate(model, tokenizer, prompts, decoding, seed, **settings)
+    return [found.text for found in continue_prompts(model, tokenizer, prompts, decoding, seed, **settings)]
 
 
 def greedy_by_hand(model, tokenizer, ids: list[int], steps: int) -> str:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdzoo import Batch, Loss, TokenWeights, WeighedTokens, Weights
+from kdzoo import Batch, Loss, TokenWeights, WeighedTokens, Weights, ops
 from kdzoo.errors import KdzooError
 from kdzoo.step.distiller import Aim, Distiller
 from kdzoo.step.loss_term import LossTerm
 from kdzoo.step.report import Report
-from kdzoo.step.weighing import Weighed, mean_by, refuse_invalid, weigh_step
+from kdzoo.step.weighing import Weighed, refuse_invalid, weigh_step
 from kdzoo.testing.promises.ranks import two_ranks
 from kdzoo.testing.promises.rearrange import rearranged
 from kdzoo.testing.promises.world import SLOT, Outcome, Subject, World, outcome, registry
@@ -231,5 +231,5 @@ def test_weights_that_no_loss_can_be_divided_by_are_one_line(weight, temperature
 
 def test_means_by_place_leave_out_what_has_none():
     values = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0])
-    assert mean_by(values, torch.tensor([0, 2, 0, -1, 3]), 3).tolist() == [2.5, 1.0, 2.0]
-    assert mean_by(values[:0], torch.zeros(0, dtype=torch.long), 2).tolist() == [1.0, 1.0]
+    assert ops.mean_by(values, torch.tensor([0, 2, 0, -1, 3]), 3, otherwise=1.0).tolist() == [2.5, 1.0, 2.0]
+    assert ops.mean_by(values[:0], torch.zeros(0, dtype=torch.long), 2, otherwise=1.0).tolist() == [1.0, 1.0]
